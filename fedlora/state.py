@@ -1,0 +1,228 @@
+"""The values of a run: what the server holds, what it asks, what a client answers. All frozen.
+
+    W_eff = W0 + sum over tasks and blocks of B_j A_j + s * B A          for each adapted module
+
+`W0` is the frozen base, which never travels; blocks are frozen factor pairs with their scale folded in; the
+pair of the open task is what clients train. Arrays travel under keys `part:name`, e.g. `A:model.layers.0.mlp.up_proj`,
+`B:...`, `head:score.weight`, `probe:...`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from fedlora.adapter import Adapter, Array, Factors, stack
+from fedlora.errors import AdapterError
+
+Part = Literal["A", "B", "head"]
+Kind = Literal["hello", "train", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Module:
+    """One adapted module of the base. `kind` says how the product acts: embeddings look A's columns up."""
+
+    out: int
+    inp: int
+    kind: Literal["linear", "conv1d", "embedding"] = "linear"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """What may be trained: adapted modules by name, and dense extras (a classifier head) with their shapes."""
+
+    modules: Mapping[str, Module]
+    head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "modules": {n: [m.out, m.inp, m.kind] for n, m in sorted(self.modules.items())},
+            "head": {n: list(s) for n, s in sorted(self.head.items())},
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Layout:
+        return cls(
+            modules={n: Module(out=o, inp=i, kind=k) for n, (o, i, k) in sorted(data["modules"].items())},
+            head={n: tuple(s) for n, s in sorted(data["head"].items())},
+        )
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+
+    def max_rank(self) -> int:
+        """The largest rank that every module can hold: the smallest min(out, in)."""
+        return min(min(m.out, m.inp) for m in self.modules.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """A frozen sum of products (scale 1), and the state version at which it was made."""
+
+    adapter: Adapter
+    born: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One task: its trained pair (if the method keeps one), its blocks, its dense extras such as a head."""
+
+    name: str
+    pair: Adapter | None = None  # its scale is the task's s
+    blocks: tuple[Block, ...] = ()
+    extras: Mapping[str, Array] = field(default_factory=dict)
+    public_seed: int | None = None  # A comes from the public generator with this seed and is never sent
+    sealed: bool = False
+    statistics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GlobalState:
+    """All that the server must remember; the checkpoint is all of it."""
+
+    version: int
+    base: str  # fingerprint
+    layout: Layout
+    tasks: Mapping[str, Task]
+    memory: Mapping[str, Mapping[str, Array]] = field(default_factory=dict)  # owner (a method) -> named arrays
+
+    @property
+    def open_task(self) -> Task:
+        """The one task that is being trained. Raises: AdapterError if all are sealed."""
+        for task in self.tasks.values():
+            if not task.sealed:
+                return task
+        raise AdapterError("every task of this state is sealed: there is nothing to train")
+
+    def with_task(self, task: Task, *, memory: Mapping[str, Mapping[str, Array]] | None = None) -> GlobalState:
+        """The next version, with `task` in place of its namesake."""
+        return replace(
+            self,
+            version=self.version + 1,
+            tasks={**self.tasks, task.name: task},
+            memory=self.memory if memory is None else memory,
+        )
+
+    def update(self) -> Adapter:
+        """W_eff - W0 as one exact adapter of scale 1 (ranks add up); rank 0 for a state that has learnt nothing."""
+        terms = [b.adapter for t in self.tasks.values() for b in t.blocks]
+        terms += [t.pair for t in self.tasks.values() if t.pair is not None]
+        return stack(terms) if terms else zero_adapter(self.layout, 0)
+
+
+def zero_adapter(layout: Layout, rank: int) -> Adapter:
+    """The adapter of product zero: all factors zero, float32."""
+    return Adapter(
+        {
+            n: Factors(np.zeros((rank, m.inp), np.float32), np.zeros((m.out, rank), np.float32))
+            for n, m in layout.modules.items()
+        }
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalTraining:
+    """What one client does in one round. Exactly one of `local_steps` and `local_epochs` is set."""
+
+    learning_rate: float
+    local_steps: int | None  # optimiser steps
+    local_epochs: float | None  # passes over the client's rows
+    batch_size: int  # rows per micro-batch
+    accumulation: int = 1  # micro-batches per optimiser step
+    schedule: Literal["constant", "cosine"] = "cosine"  # over the whole run
+    warmup: float = 0.03  # fraction of the whole run
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    clip_norm: float | None = 1.0  # L2 over the client's whole gradient
+    checkpointing: bool = False  # recompute activations in the backward pass
+    autocast: bool = False  # bf16 compute around fp32 factors
+    optimizer_state: Literal["fresh", "keep"] = "fresh"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPlan:
+    """What a client must do with what it was sent; the method that wrote it stays at the server.
+
+    The client's update is `scale * B @ A` on top of the blocks and `frozen` factors of its Ask. `rows` is the rank
+    of the pair it starts from; it trains the first `rank` rows of A and columns of B, the rest stay frozen.
+    """
+
+    method: str
+    rank: int
+    rows: int
+    scale: float
+    train: tuple[Part, ...]
+    send: tuple[Part, ...]
+    changes: tuple[Part, ...] = ()  # parts sent as trained value minus start value, first `rank` rows or columns
+    a_from: Literal["given", "fresh", "public"] = "given"
+    b_from: Literal["given", "zero"] = "given"
+    a_seed: int = 0  # of the public generator, when a_from is "public"
+    training: LocalTraining
+    progress: tuple[float, float] = (0.0, 1.0)  # of the whole run, at the first and after the last local step
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """Who, when and about what: travels with every Ask and is echoed by its Answer."""
+
+    run: str
+    round: int
+    client: str
+    kind: Kind
+    base: str = ""  # fingerprint; empty only in a hello
+    version: int = 0
+    attempt: int = 0
+    phase: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ask:
+    """What one client is asked: blocks of W_eff (the same for all), its own frozen factors, and arrays to start from."""
+
+    plan: TrainPlan | None = None  # None in a hello and in an evaluation
+    blocks: tuple[Block, ...] = ()
+    frozen: Adapter | None = None  # added to W_eff for this client alone; products may be negative
+    arrays: Mapping[str, Array] = field(default_factory=dict)  # `A:`, `B:`, `head:`, `probe:`
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What one client says: arrays as its plan's `send` asks, the weight of its data, measures, and facts (a hello)."""
+
+    examples: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    arrays: Mapping[str, Array] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)  # JSON values only
+
+
+def expected_shapes(plan: TrainPlan, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every array that an answer to `plan` must carry, no more and no fewer."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in layout.modules.items():
+        if "A" in plan.send:
+            shapes[f"A:{name}"] = (plan.rank, module.inp)
+        if "B" in plan.send:
+            shapes[f"B:{name}"] = (module.out, plan.rank)
+    if "head" in plan.send:
+        shapes.update({f"head:{name}": tuple(shape) for name, shape in layout.head.items()})
+    return shapes
+
+
+def part(arrays: Mapping[str, Array], name: Part | Literal["probe"]) -> dict[str, Array]:
+    """The arrays of one part, keyed by module: `part({"A:q": x}, "A") == {"q": x}`."""
+    return {key.split(":", 1)[1]: x for key, x in arrays.items() if key.split(":", 1)[0] == name}
+
+
+def keyed(name: Part | Literal["probe"], arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """The inverse of `part`: `keyed("A", {"q": x}) == {"A:q": x}`."""
+    return {f"{name}:{module}": x for module, x in arrays.items()}
