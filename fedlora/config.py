@@ -1,16 +1,72 @@
-"""Every knob of a run, typed and bounded, with its default and its reason."""
+"""Every knob of a run, typed and bounded, with its default and its reason.
+
+A TOML file, dotted overrides (`training.learning_rate=1e-3`) and Flower's flat run config give the same `RunConfig`.
+Text stands for any value: lists are `16,8,4` (or a JSON list), tables are `instruction=question,output=answer` (or a
+JSON object), `none` is None or an empty list, and an empty text is None where that is allowed, else the default.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedlora.config_text import (
+    UNSET,
+    Leaf,
+    Scalar,
+    is_nothing,
+    nested,
+    read_toml,
+    settings_of,
+    shown,
+    split,
+    unknown,
+    wrong_value,
+)
+from fedlora.errors import ConfigError
+from fedlora.state import LocalTraining
 
 Positive = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
+MethodName = Literal["fedit", "ffa-lora", "flora"]
+
+METHOD_NAMES: Final[tuple[str, ...]] = get_args(MethodName)
+FLOWER_ONLY: Final[Mapping[str, Scalar]] = {
+    "out": ""
+}  # keys of Flower's run config that are no setting: the run folder
+_EXCLUSIVE: Final = ("training.local_steps", "training.local_epochs")
+_BELONGS_TO: Final[Mapping[str, tuple[str, ...]]] = {
+    "method.max_rank": ("flora",),
+    "method.warm_start": ("flora",),
+    "method.task_rank": ("fedit", "ffa-lora"),
+}
+
+
+class _Conflicts(ValueError):
+    """Cross-field mistakes: (the keys involved, the first one to blame; what is wrong)."""
+
+    def __init__(self, found: Sequence[tuple[tuple[str, ...], str]]) -> None:
+        super().__init__("; ".join(f"{keys[0]}: {text}" for keys, text in found))
+        self.found = found
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, data: object) -> object:
+        if not isinstance(data, Mapping):
+            return data
+        own = {leaf.key: leaf for leaf in settings_of(cls)} if data else {}
+        read = {name: own[name].read(value) if name in own else value for name, value in data.items()}
+        return {name: value for name, value in read.items() if value is not UNSET}
 
 
 class ModelConfig(_Section):
@@ -20,8 +76,8 @@ class ModelConfig(_Section):
     revision: str | None = Field(None, description="Hub revision; pin it")
     fingerprint: str | None = Field(None, description="refuse any base whose fingerprint is another")
     task_type: Literal["causal-lm", "sequence-classification"] = "causal-lm"
-    labels: tuple[str, ...] = Field((), description="label names in order, for sequence classification")
-    target_modules: str | tuple[str, ...] = Field(
+    labels: tuple[Name, ...] = Field((), description="label names in order, for sequence classification")
+    target_modules: Literal["all-linear"] | Annotated[tuple[Name, ...], Field(min_length=1)] = Field(
         "all-linear", description="`all-linear` or name endings, e.g. q_proj,v_proj"
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -34,7 +90,9 @@ class ModelConfig(_Section):
 class PartitionConfig(_Section):
     """How rows are dealt to clients."""
 
-    kind: Literal["skills", "iid", "dirichlet", "natural", "files"] = "skills"
+    kind: Literal["skills", "iid", "dirichlet", "natural", "files"] = Field(
+        "skills", description="skills for the embedded data; iid where nothing is said about other data"
+    )
     alpha: Annotated[float, Field(gt=0)] = Field(0.5, description="Dirichlet concentration; small is uneven")
     key: str | None = Field(None, description="column for dirichlet (the label) and natural (the owner)")
     skills_per_client: Positive = Field(4, description="skills: how many each client holds")
@@ -57,7 +115,7 @@ class DataConfig(_Section):
     prompt: str | None = Field(
         None, description="template with {instruction} and {input}; None: the model's chat template, else the default"
     )
-    skills: tuple[str, ...] = Field((), description="skills by name; empty: all private ones")
+    skills: tuple[Name, ...] = Field((), description="skills by name; empty: all private ones")
     rows_per_client: Positive = Field(300, description="skills: generated rows per client")
     test_rows: Positive = Field(240, description="skills: generated test rows in all")
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -65,22 +123,34 @@ class DataConfig(_Section):
     )
     partition: PartitionConfig = PartitionConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _deal_other_data_evenly(cls, data: object) -> object:
+        if not isinstance(data, Mapping) or data.get("name", "") in ("", "skills"):
+            return data
+        partition = data.get("partition", {})
+        if not isinstance(partition, Mapping) or partition.get("kind", ""):
+            return data
+        return {**data, "partition": {**partition, "kind": "iid"}}
+
 
 class LoraConfig(_Section):
     """Ranks and scales. s_k = alpha / rank_k, or alpha / sqrt(rank_k) with rslora."""
 
-    ranks: tuple[Positive, ...] = Field((16, 16, 8, 8, 8, 8, 4, 4, 4, 4), description="by client, repeated in turn")
+    ranks: Annotated[tuple[Positive, ...], Field(min_length=1)] = Field(
+        (16, 16, 8, 8, 8, 8, 4, 4, 4, 4), description="by client, repeated in turn"
+    )
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="fixed alpha for every client; None: `scale` times the rank"
     )
     scale: Annotated[float, Field(gt=0)] = Field(2.0, description="s_k of every client, when alpha is None")
-    rslora: bool = False
+    rslora: bool = Field(False, description="divide alpha by the root of the rank; needs `alpha`")
 
 
 class MethodConfig(_Section):
     """The federated method and its own settings."""
 
-    name: str = "flora"
+    name: MethodName = "flora"
     max_rank: Positive | None = Field(
         None, description="flora: recompress blocks above this rank; None: the lossless bound"
     )
@@ -111,8 +181,10 @@ class TrainingConfig(_Section):
     """Local training; the fields are those of fedlora.state.LocalTraining, plus threads."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    local_steps: Positive | None = 20
-    local_epochs: Annotated[float, Field(gt=0)] | None = None
+    local_steps: Positive | None = Field(20, description="optimiser steps a round; this or local_epochs")
+    local_epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="passes over the client's rows a round; setting it unsets the default of local_steps"
+    )
     batch_size: Positive = 16
     accumulation: Positive = 1
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -128,6 +200,13 @@ class TrainingConfig(_Section):
     threads: int = Field(
         0, ge=0, description="torch threads; 0: the machine's cores. The last bits of a result depend on it"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _epochs_replace_steps(cls, data: object) -> object:
+        if isinstance(data, Mapping) and "local_steps" not in data and not is_nothing(data.get("local_epochs")):
+            return {**data, "local_steps": None}
+        return data
 
 
 class EvaluationConfig(_Section):
@@ -168,3 +247,206 @@ class RunConfig(_Section):
         if self.lora.alpha is None:
             return self.lora.scale
         return self.lora.alpha / (rank**0.5 if self.lora.rslora else rank)
+
+    @model_validator(mode="after")
+    def _no_conflicts(self) -> Self:
+        found = list(_conflicts(self))
+        if found:
+            raise _Conflicts(found)
+        return self
+
+
+_LEAVES: Final[Mapping[str, Leaf]] = {leaf.key: leaf for leaf in settings_of(RunConfig)}
+
+
+def _conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    model, data, training = config.model, config.data, config.training
+    if (training.local_steps is None) == (training.local_epochs is None):
+        what = "neither" if training.local_steps is None else f"{training.local_steps} and {training.local_epochs:g}"
+        yield _EXCLUSIVE, f"set exactly one of local_steps and local_epochs, got {what}"
+    if model.task_type == "sequence-classification":
+        if data.name == "skills":
+            yield (
+                ("model.task_type", "data.name"),
+                "the embedded skills are prompts with answers, not labelled texts: set data.name, or use causal-lm",
+            )
+        if len(set(model.labels)) < max(2, len(model.labels)):
+            yield (
+                ("model.labels", "model.task_type"),
+                "sequence-classification needs at least two different label names in order, "
+                f"got {shown(model.labels)}; e.g. model.labels=negative,positive",
+            )
+    kind = data.partition.kind
+    if data.name != "skills":
+        if kind in ("natural", "dirichlet") and data.partition.key is None:
+            what = "owner" if kind == "natural" else "label"
+            yield (
+                ("data.partition.key", "data.partition.kind", "data.name"),
+                f"a {kind} partition of {data.name} needs the column that holds the {what}, got none",
+            )
+        if kind == "skills":
+            yield (
+                ("data.partition.kind", "data.name"),
+                f"deals the embedded skills only, and data.name is {data.name}: use iid, dirichlet, natural or files",
+            )
+    elif kind == "files":
+        yield ("data.partition.kind", "data.name"), "files need a folder of files in data.name, got the embedded skills"
+    if config.lora.rslora and config.lora.alpha is None:
+        yield (
+            ("lora.rslora", "lora.alpha"),
+            "scales alpha by the root of the rank and lora.alpha is none: set lora.alpha, or leave rslora off",
+        )
+    for key, methods in _BELONGS_TO.items():
+        value = getattr(config.method, key.removeprefix("method."))
+        if value not in (None, False) and config.method.name not in methods:
+            yield (
+                (key, "method.name"),
+                f"belongs to {' and '.join(methods)}; the method is {config.method.name} and got {shown(value)}",
+            )
+
+
+def load_config(
+    path: Path | None = None,
+    overrides: Sequence[str] = (),
+    flower: Mapping[str, Scalar] | None = None,
+) -> RunConfig:
+    """The settings of a run: defaults, then the TOML file, then Flower's run config, then `key=value` overrides.
+
+    Flower sends every key, so there a value that equals its default says nothing. Of `training.local_steps` and
+    `training.local_epochs`, a later source that sets one unsets the other.
+
+    Raises: ConfigError with every mistake, one a line: the dotted key, what is allowed, what came, the nearest name.
+    """
+    mistakes: list[str] = []
+    layers: list[dict[str, object]] = []
+    if path is not None:
+        layers.append(dict(_flattened(read_toml(path), mistakes)))
+    if flower is not None:
+        layers.append(
+            {
+                key: value
+                for key, value in flower.items()
+                if key not in FLOWER_ONLY
+                and not (key in _LEAVES and _same(_LEAVES[key].text(_LEAVES[key].default), value))
+            }
+        )
+    layers.append(dict(split(overrides, mistakes)))
+    merged: dict[str, object] = {}
+    for layer in layers:
+        _lay(merged, layer, mistakes)
+    config = _validated(merged, mistakes)
+    if config is None:
+        where = f" ({path})" if path is not None else ""
+        count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
+        raise ConfigError(f"{count} in the settings{where}:\n" + "\n".join(f"  {m}" for m in mistakes))
+    return config
+
+
+def _validated(merged: dict[str, object], mistakes: list[str]) -> RunConfig | None:
+    """Validate; wrong values are noted and left out until the rest can be checked for conflicts too."""
+    failed: set[str] = set()
+    while True:
+        try:
+            config = RunConfig.model_validate(nested(merged))
+        except ValidationError as error:
+            wrong = error.errors()
+        else:
+            return None if mistakes else config
+        for item in wrong:
+            if not item["loc"]:
+                found = item["ctx"]["error"].found
+                mistakes += [f"{keys[0]}: {text}" for keys, text in found if not failed & set(keys)]
+                return None
+            names = [str(part) for part in item["loc"]]
+            key = next(k for k in (".".join(names[:n]) for n in range(len(names), 0, -1)) if k in _LEAVES)
+            if key not in failed:
+                failed.add(key)
+                mistakes.append(wrong_value(_LEAVES[key], merged.pop(key)))
+
+
+def _lay(merged: dict[str, object], layer: Mapping[str, object], mistakes: list[str]) -> None:
+    """Put one source on top of what is there."""
+    chosen = [key for key in _EXCLUSIVE if not is_nothing(layer.get(key))]
+    if len(chosen) == 1:
+        merged.pop(next(key for key in _EXCLUSIVE if key != chosen[0]), None)
+    for key, value in layer.items():
+        table, _, entry = key.rpartition(".")
+        if key in _LEAVES:
+            merged[key] = value
+        elif table in _LEAVES and _LEAVES[table].has("object"):
+            before = _LEAVES[table].read(merged.get(table, {}))
+            merged[table] = {**(before if isinstance(before, dict) else {}), entry: value}
+        elif any(k.startswith(f"{key}.") for k in _LEAVES):
+            names = ", ".join(k.removeprefix(f"{key}.") for k in _LEAVES if k.startswith(f"{key}."))
+            mistakes.append(f"{key}: is a section with the settings {names}, got {shown(value)}")
+        else:
+            mistakes.append(unknown(key, _LEAVES))
+
+
+def _same(default: Scalar, value: Scalar) -> bool:
+    return default == value and isinstance(default, bool) == isinstance(value, bool)
+
+
+def _flattened(values: Mapping[str, Any], mistakes: list[str], above: str = "") -> Iterator[tuple[str, object]]:
+    for name, value in values.items():
+        key = above + name
+        if isinstance(value, dict) and key not in _LEAVES:
+            if not value and not any(leaf.startswith(f"{key}.") for leaf in _LEAVES):
+                mistakes.append(unknown(key, _LEAVES))
+            yield from _flattened(value, mistakes, f"{key}.")
+        else:
+            yield key, value
+
+
+def _values(config: RunConfig) -> Iterator[tuple[Leaf, Any]]:
+    for leaf in _LEAVES.values():
+        value: Any = config
+        for name in leaf.key.split("."):
+            value = getattr(value, name)
+        yield leaf, value
+
+
+def flat(config: RunConfig) -> dict[str, Scalar]:
+    """Every setting as dotted key -> scalar, for Flower's run config; `load_config(flower=flat(c)) == c`."""
+    return {leaf.key: leaf.text(value) for leaf, value in _values(config)}
+
+
+def to_toml(config: RunConfig) -> str:
+    """Every setting as TOML that `load_config` reads back to the same value.
+
+    None is left out, except where the default is another value: there it is the word `none`.
+    """
+    written = {
+        leaf.key: "none" if value is None else list(value) if isinstance(value, tuple) else value
+        for leaf, value in _values(config)
+        if not (value is None and leaf.default is None)
+    }
+    return tomli_w.dumps(nested(written))
+
+
+def differences(a: RunConfig, b: RunConfig) -> list[str]:
+    """One line `dotted.key: old -> new` for each setting of `a` that is another in `b`."""
+    return [
+        f"{leaf.key}: {shown(old)} -> {shown(new)}"
+        for (leaf, old), (_, new) in zip(_values(a), _values(b), strict=True)
+        if old != new
+    ]
+
+
+def digest(config: RunConfig) -> str:
+    """SHA-256, in hex, of all settings."""
+    return hashlib.sha256(json.dumps(flat(config), sort_keys=True).encode()).hexdigest()
+
+
+def with_method(config: RunConfig, name: str) -> RunConfig:
+    """The same run under another method; settings that belong to other methods go back to their defaults.
+
+    Raises: ConfigError for a name that is not known.
+    """
+    mine = {k: v for k, v in flat(config).items() if name in _BELONGS_TO.get(k, (name,))}
+    return load_config(flower={**mine, "method.name": name})
+
+
+def local_training(config: RunConfig) -> LocalTraining:
+    """What every client does in a round, as the value that travels in a TrainPlan."""
+    return LocalTraining(**config.training.model_dump(exclude={"threads"}))

@@ -21,7 +21,7 @@ from fedlora.adapter import Adapter, Array, Factors, stack
 from fedlora.errors import AdapterError
 
 Part = Literal["A", "B", "head"]
-Kind = Literal["hello", "train", "evaluate"]
+Kind = Literal["hello", "train", "evaluate", "error"]  # error: an answer only; its info says what went wrong
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +183,7 @@ class Header:
     version: int = 0
     attempt: int = 0
     phase: int = 0
+    code: str = ""  # digest of the asker's code; a client that runs other code refuses
 
 
 @dataclass(frozen=True, kw_only=True)

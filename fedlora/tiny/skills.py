@@ -1,8 +1,8 @@
 """Instruction skills: short prompts with one right answer, so that exact match means something.
 
-A skill is an instruction, a *form* (what the input looks like) and an answer template over the same fields. The public
-skills are in the text the embedded base was trained on; the private ones are house conventions that it has not seen, and
-that clients teach it. The four groups can arrive one after another as tasks.
+A skill is an instruction, a *form* (what the input looks like) and an answer template over the same fields. The
+public skills are in the text the embedded base was trained on; the private ones are house conventions that it has not
+seen, and that clients teach it. The four groups can arrive one after another as tasks.
 
 Train and test never meet: the hash of an input decides which split it belongs to, before any seed is involved.
 Pure python and numpy: no torch.
@@ -30,20 +30,17 @@ _GIVE_UP: Final = 2000  # draws in a row that bring nothing new, before a skill 
 
 MONTHS: Final = "January February March April May June July August September October November December".split()
 FIRST_NAMES: Final = (
-    "Maria Anna Elena Sofia Clara Julia Laura Nina Olga Petra Rosa Sara Tara Vera Yuki Zoe Amira Bianca Chloe Diana "
-    "Fatima Grace Hanna Irene Peter Paul Omar Noah Marco Luis Liam Kofi Jonas Ivan Hugo Henry Felix Erik David Carlos "
-    "Boris Arun Ahmed Victor Thomas Simon Samuel Robert"
+    "Maria Anna Elena Sofia Clara Laura Nina Olga Rosa Tara Vera Zoe Bianca Diana Fatima Grace Hanna Irene Peter Omar "
+    "Noah Luis Kofi Jonas Ivan Hugo Henry Felix David Carlos Ahmed Samuel"
 ).split()
 SURNAMES: Final = (
-    "Lopez Smith Miller Garcia Silva Rossi Weber Fischer Novak Kumar Singh Tanaka Sato Chen Wang Nguyen Kim Park Okafor "
-    "Mensah Diallo Haddad Aziz Cohen Levy Murphy Kelly Walsh Brown Jones Taylor Wilson Evans Baker Cooper Turner Hill Green "
-    "Young Adams Nelson Carter Moreau Bernard Dubois Laurent Santos Costa Ferreira Popov Ivanov Kovac Horvat Nagy Jansen "
-    "Bakker Visser Larsen Hansen Berg Lind Olsen Virtanen Quinn"
+    "Lopez Smith Miller Garcia Silva Rossi Weber Fischer Novak Kumar Singh Tanaka Chen Nguyen Kim Park Okafor Mensah "
+    "Haddad Cohen Murphy Kelly Brown Jones Taylor Evans Baker Turner Green Young Adams Moreau Dubois Costa Ivanov Nagy "
+    "Jansen Larsen Berg Quinn"
 ).split()
 CITIES: Final = (
-    "Lyon Paris Berlin Madrid Rome Vienna Prague Oslo Dublin London Lisbon Athens Zurich Geneva Milan Turin Naples Porto "
-    "Ghent Krakow Warsaw Riga Tallinn Helsinki Boston Austin Denver Seattle Toronto Delhi Mumbai Tokyo Osaka Seoul Accra "
-    "Lagos Nairobi Cairo Tunis Lima"
+    "Lyon Paris Berlin Madrid Rome Vienna Prague Oslo Dublin London Lisbon Athens Milan Porto Warsaw Riga Boston "
+    "Denver Delhi Tokyo Seoul Accra Lagos Cairo"
 ).split()
 SERVICES: Final = (
     "db web mail auth cache queue search billing proxy backup sync export report login store sensor".split()
@@ -53,12 +50,12 @@ FAULTS: Final = (
     "wrong user,lost packet,low power,high load,bad input,lock held"
 ).split(",")
 SYMPTOMS: Final = (
-    "chest pain,high fever,dry cough,skin rash,back pain,head injury,broken arm,sore throat,short breath,blurred vision,"
-    "stomach ache,deep cut,swollen knee,dizzy spell,racing pulse,burned hand"
+    "chest pain,high fever,dry cough,skin rash,back pain,head injury,broken arm,sore throat,short breath,"
+    "blurred vision,stomach ache,deep cut,swollen knee,dizzy spell,racing pulse,burned hand"
 ).split(",")
 GOODS: Final = (
-    "copper pipes,steel bolts,paper rolls,glass jars,oak boards,rubber seals,cotton bags,wall tiles,paint cans,cable drums,"
-    "work gloves,light bulbs,brass hinges,plastic trays,door locks,wood screws"
+    "copper pipes,steel bolts,paper rolls,glass jars,oak boards,rubber seals,cotton bags,wall tiles,paint cans,"
+    "cable drums,work gloves,light bulbs,brass hinges,plastic trays,door locks,wood screws"
 ).split(",")
 _TIMES: Final = ("once", "twice", "three times", "four times")
 
@@ -157,7 +154,7 @@ _NAME = "first last f l"
 
 @dataclass(frozen=True)
 class Form:
-    """What an input looks like: `prompt` over the fields that `draw` gives, and the fields a reader can tell from it."""
+    """What an input looks like: `prompt` over what `draw` gives, and the fields a reader can tell from it."""
 
     draw: Callable[[np.random.Generator], Fields]
     prompt: str
@@ -232,7 +229,13 @@ def _table() -> dict[str, Skill]:
         ("json_name", "records", "json", "Read the name from the record", "{first} {last}"),
         ("json_city", "records", "json", "Read the city from the record", "{city}"),
         ("json_id", "records", "json", "Read the id from the record", "{id}"),
-        ("pairs_to_csv", "records", "pairs", "Turn the record into a table row", "{id},{first} {last},{city}"),
+        (
+            "pairs_to_csv",
+            "records",
+            "pairs",
+            "Turn the record into a table row",
+            "{id},{first} {last},{city}",
+        ),
         ("pairs_owner", "records", "pairs", "Who lives where?", "{last} in {city}"),
         ("log_level", "records", "log", "Read the level of the log line", "{level}"),
         ("log_fault", "records", "log", "What went wrong?", "{fault}"),
@@ -256,16 +259,34 @@ def _table() -> dict[str, Skill]:
     ]
     private = [
         ("archive_stamp", "dates", "date in words", "Stamp the letter for the archive", "ARC {yy}.{mm}.{dd}"),
-        ("shift_entry", "dates", "moment in iso", "Enter the visit in the shift book", "{d} {mon} at {hh}h{mi}"),
-        ("payment_due", "dates", "date with slashes", "Say when the payment is due", "Due by {month} {d}, {yyyy}"),
-        ("badge_line", "records", "pairs", "Print the badge of this visitor", "{last} {f}. ({id})"),
-        ("parcel_label", "records", "json", "Label the parcel for this customer", "{id} / {city} / {last}"),
+        (
+            "shift_entry",
+            "dates",
+            "moment in iso",
+            "Enter the visit in the shift book",
+            "{d} {mon} at {hh}h{mi}",
+        ),
+        (
+            "payment_due",
+            "dates",
+            "date with slashes",
+            "Print the date of the payment",
+            "Due by {month} {d}, {yyyy}",
+        ),
+        ("badge_line", "records", "pairs", "Print the badge for the visitor", "{last} {f}. ({id})"),
+        ("parcel_label", "records", "json", "Label the parcel for the customer", "{id} / {city} / {last}"),
         ("ticket_title", "records", "log", "Open a ticket for the fault", "[{service}-{code}] {fault}"),
         ("invoice_total", "numbers", "price", "Print the total on the invoice", "CHF {k}'{rest}.{cents}"),
         ("dose_chart", "numbers", "dose", "Write the dose on the chart", "{k}.{rest} g x{n}"),
         ("phone_abroad", "numbers", "phone", "Dial the number from abroad", "+33 {area} {p} {q} {r} {s}"),
         ("triage_tag", "letters", "case", "Tag the patient for triage", "T{urgency}-{room}: {symptom}"),
-        ("sign_off", "letters", "titled name", "Sign off the letter", "Regards, {f}. {last} ({city})"),
+        (
+            "sign_off",
+            "letters",
+            "titled name",
+            "Sign the letter to the customer",
+            "Regards, {f}. {last} ({city})",
+        ),
         ("order_line", "letters", "stock", "Add a line to the order", "{bin} | {count} x {goods}"),
     ]
     described = {
@@ -313,11 +334,19 @@ def rows(skill: str, split: Split, count: int, seed: int) -> list[dict[str, str]
         if text in found or split_of(text) != split:
             idle += 1
             if idle == _GIVE_UP:
-                raise ConfigError(f"skill {skill!r} has no more {split} inputs: {count} asked, {len(found)} found")
+                raise ConfigError(
+                    f"skill {skill!r} has hardly any {split} inputs left: {count} asked, {len(found)} found"
+                )
             continue
         idle = 0
         found[text] = known.answer.format(**fields)
     return [
-        {"instruction": known.instruction, "input": text, "output": answer, "skill": skill, "group": known.group}
+        {
+            "instruction": known.instruction,
+            "input": text,
+            "output": answer,
+            "skill": skill,
+            "group": known.group,
+        }
         for text, answer in found.items()
     ]

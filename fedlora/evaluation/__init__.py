@@ -1,0 +1,1 @@
+"""What a model with its adapter gets right, and what it writes."""

@@ -1,0 +1,256 @@
+"""The run log: `metrics.jsonl`, one JSON event a line, on disk before the run goes on.
+
+An event ends with its newline: a last line without one was torn by a crash and does not count. Scores are shares from
+0 to 1, losses are means per answer token, sizes are bytes, times are seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final, Literal, NotRequired, TypedDict
+
+from fedlora.errors import CheckpointError
+
+FILE: Final = "metrics.jsonl"
+_log = logging.getLogger(__name__)
+
+
+class Group(TypedDict):
+    """Right answers of one skill or class, and how many were asked."""
+
+    correct: float
+    counted: float
+
+
+class ClientInfo(TypedDict):
+    """One client, as the run opens."""
+
+    id: str
+    rank: int
+    examples: NotRequired[int]
+    groups: NotRequired[dict[str, int]]  # skill, class or source -> training rows
+
+
+class Refused(TypedDict):
+    """An answer that admission did not take."""
+
+    client: str
+    rule: str
+    detail: str
+
+
+class StartEvent(TypedDict):
+    """A run opens, or is resumed: the last one counts."""
+
+    event: Literal["start"]
+    run: str
+    method: str
+    config: dict[str, bool | int | float | str]
+    clients: list[ClientInfo]
+    base: NotRequired[str]  # fingerprint
+    parameters: NotRequired[int]  # of the frozen base
+    started: NotRequired[str]  # ISO 8601
+    resumed_after: NotRequired[int]  # rounds that were already done
+    refused: NotRequired[list[Refused]]  # clients that may not take part
+
+
+class ClientRound(TypedDict):
+    """What one client did in one round."""
+
+    id: str
+    rank: NotRequired[int]
+    examples: NotRequired[int]
+    loss_before: NotRequired[float]
+    loss_after: NotRequired[float]
+    steps: NotRequired[float]
+    tokens: NotRequired[float]
+    seconds: NotRequired[float]
+    grad_norm: NotRequired[float]
+    weight_change: NotRequired[float]
+    bytes_up: NotRequired[int]
+    bytes_down: NotRequired[int]
+
+
+class Aggregate(TypedDict):
+    """What the method says of its new state."""
+
+    rank: NotRequired[float]  # of what W_eff has over W0
+    truncation_error: NotRequired[float]
+    aggregation_error: NotRequired[float]
+    update_norm: NotRequired[float]  # Frobenius, over all adapted modules
+
+
+class ClientScore(TypedDict):
+    """The evaluation by one client, on the rows that it holds out."""
+
+    score: NotRequired[float]
+    loss: NotRequired[float]
+    counted: NotRequired[float]
+
+
+class ServerScore(TypedDict):
+    """The evaluation by the server, on its own rows."""
+
+    score: NotRequired[float]
+    loss: NotRequired[float]
+    groups: NotRequired[dict[str, Group]]
+
+
+class Evaluation(TypedDict):
+    """Sums over the clients' held-out rows, and what the server measured."""
+
+    score: NotRequired[float]
+    loss: NotRequired[float]
+    counted: NotRequired[float]
+    groups: NotRequired[dict[str, Group]]
+    clients: NotRequired[dict[str, ClientScore]]
+    server: NotRequired[ServerScore]
+
+
+class RoundEvent(TypedDict):
+    """A round closed. `round` counts from 1."""
+
+    event: Literal["round"]
+    round: int
+    version: NotRequired[int]
+    seconds: NotRequired[float]
+    clients: NotRequired[list[ClientRound]]
+    aggregate: NotRequired[Aggregate]
+    evaluation: NotRequired[Evaluation]
+    bytes_up: NotRequired[int]
+    bytes_down: NotRequired[int]
+    refused: NotRequired[list[Refused]]
+    missing: NotRequired[list[str]]
+
+
+class ReferenceEvent(TypedDict):
+    """Something to compare with: `bare base`, `local only`, `centralised`. The last of a name counts."""
+
+    event: Literal["reference"]
+    name: str
+    score: NotRequired[float]
+    loss: NotRequired[float]
+    groups: NotRequired[dict[str, Group]]
+    seconds: NotRequired[float]
+
+
+class EndEvent(TypedDict):
+    """The run is over."""
+
+    event: Literal["end"]
+    seconds: NotRequired[float]
+    peak_memory_mib: NotRequired[float]
+    score: NotRequired[float]
+    loss: NotRequired[float]
+
+
+Event = StartEvent | RoundEvent | ReferenceEvent | EndEvent
+
+
+class RunLog:
+    """Appends events to `folder/metrics.jsonl`. What a crash tore off the end is cut away when it is opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        if self.path.exists():
+            data = self.path.read_bytes()
+            whole = data.rfind(b"\n") + 1
+            if whole < len(data):
+                _log.warning("%s: the last line was torn by a crash and is cut away", self.path)
+                os.truncate(self.path, whole)
+
+    def append(self, event: Event | dict[str, Any]) -> None:
+        """Write one event and wait until it is on disk.
+
+        Raises: CheckpointError for a number that is not finite, and when the disk refuses; the log stays as it was.
+        """
+        for where, value in _numbers(event, event["event"]):
+            if not math.isfinite(value):
+                raise CheckpointError(f"{self.path}: {where} is {value}; leave out what could not be measured")
+        line = json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                _write(file.fileno(), line)
+        except OSError as error:
+            if self.path.exists():
+                os.truncate(self.path, size)
+            raise CheckpointError(
+                f"{self.path}: cannot write the {event['event']} event: {error.strerror}; free some space and resume"
+            ) from error
+
+    def truncate_to(self, round: int) -> None:
+        """Forget the rounds after `round` and the end of the run, as a resumed run must; all or nothing on disk."""
+        if not self.path.exists():
+            return
+        kept = [
+            event
+            for event in read_log(self.path.parent)
+            if event["event"] != "end" and (event["event"] != "round" or event["round"] <= round)
+        ]
+        new = self.path.with_suffix(".new")
+        with new.open("wb", buffering=0) as file:
+            _write(file.fileno(), "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept).encode())
+        os.replace(new, self.path)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """All events of a run, in order. A torn last line is left out and reported through `logging`.
+
+    Raises: CheckpointError for a missing log and for any other damage, with its line.
+    """
+    path = folder / FILE
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot read the run log: {error.strerror}; is this the folder of a run?"
+        ) from None
+    *lines, torn = data.split(b"\n")
+    if torn:
+        _log.warning("%s, line %d: torn by a crash, left out", path, len(lines) + 1)
+    events: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            event = json.loads(line, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise CheckpointError(f"{path}, line {number}: damaged: {error}; restore it from a copy") from None
+        kind = event.get("event") if isinstance(event, dict) else None
+        if kind not in ("start", "round", "reference", "end"):
+            raise CheckpointError(f"{path}, line {number}: no event of a run log: {line[:60].decode(errors='replace')}")
+        if kind == "round" and not isinstance(event.get("round"), int):
+            raise CheckpointError(f"{path}, line {number}: a round event without its number")
+        events.append(event)
+    return events
+
+
+def _refuse_constant(text: str) -> float:
+    raise ValueError(f"{text} is not a finite number")
+
+
+def _numbers(value: object, where: str) -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _numbers(inner, f"{where}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _numbers(inner, f"{where}.{index}")
+    elif isinstance(value, float):
+        yield where, value
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    os.fsync(descriptor)

@@ -1,0 +1,99 @@
+"""What a client sent is checked here, once, and accepted or refused by name. Inside, everything trusts it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+
+import numpy as np
+
+from fedlora.errors import AnswerRejected, WireError
+from fedlora.state import Answer, Header
+from fedlora.wire import decode_answer, peek
+
+MAX_EXAMPLES = 10**9  # rows of one client; more is a mistake or an attempt to own the mean
+MAX_VALUE = 1e6  # of a trained factor or head; far above any sane weight, far below what overflows float32 in a product
+MAX_MEASURE = 1e15  # of a reported measure, so that sums over clients stay finite
+MAX_MEASURES = 4096  # names in one answer
+_SUMS = {"correct", "counted", "loss", "tokens"}
+_RULES = {"base": "other base", "code": "other code"}
+
+
+def plain(text: object, limit: int) -> str:
+    """A client's text as one printable line of at most `limit` characters, fit for a terminal and a log."""
+    return "".join(c if c.isprintable() else " " for c in str(text)[:limit])
+
+
+def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]], max_bytes: int) -> Answer:
+    """Decode one answer to `asked`, or refuse it; cheap tests come first, nothing is allocated before the size test.
+
+    Order: size, well-formed header, the header that was asked, field by field; an error that the client reports; exact
+    keys and shapes (from the table); finite and sane values; row count (1 to 10^9 where it trained); sane measures, and
+    in an evaluation the sums that `fedlora.evaluation.score` returns.
+    Raises: AnswerRejected with the client, the rule and what came.
+    """
+
+    def refuse(rule: str, detail: str) -> AnswerRejected:
+        return AnswerRejected(asked.client, rule, detail)
+
+    try:
+        header = peek(data, max_bytes=max_bytes)
+        if header.kind == "error":
+            require_echo(replace(header, kind=asked.kind), asked)
+            info = decode_answer(data, max_bytes=max_bytes, expected={})[1].info
+            raise refuse(plain(info.get("error", "error"), 100), plain(info.get("message", ""), 2000))
+        require_echo(header, asked)
+        _, answer = decode_answer(data, max_bytes=max_bytes, expected=expected)
+    except WireError as error:
+        raise refuse("malformed", plain(error, 2000)) from error
+    for key, x in answer.arrays.items():
+        largest = float(np.max(np.abs(x), initial=0.0))
+        if not np.isfinite(largest):
+            raise refuse(
+                "not finite",
+                f"{key} has {int(np.sum(~np.isfinite(x)))} NaN or infinite values of {x.size}; lower the learning rate "
+                "or check the client's data",
+            )
+        if largest > MAX_VALUE:
+            raise refuse("absurd value", f"{key} has a value of {largest:.3g}, at most {MAX_VALUE:g} is plausible")
+    least = 1 if asked.kind == "train" else 0
+    if not least <= answer.examples <= MAX_EXAMPLES:
+        raise refuse(
+            "example count", f"{plain(answer.examples, 40)} rows; the weight must be from {least} to {MAX_EXAMPLES:,}"
+        )
+    wrong = _wrong_measure(answer.metrics, sums=asked.kind == "evaluate")
+    if wrong is not None:
+        raise refuse("measures", plain(wrong, 400))
+    return answer
+
+
+def require_echo(header: Header, asked: Header) -> None:
+    """Refuse an answer to another question. Raises: AnswerRejected naming the first field that differs."""
+    for field in fields(Header):
+        came, wanted = getattr(header, field.name), getattr(asked, field.name)
+        if came != wanted:
+            rule = _RULES.get(field.name, "not the answer asked for")
+            raise AnswerRejected(asked.client, rule, plain(f"{field.name} is {came!r}, asked was {wanted!r}", 400))
+
+
+def _wrong_measure(metrics: Mapping[str, float], *, sums: bool) -> str | None:
+    """What is wrong with the measures, if anything; `sums` are those of an evaluation (none: no rows held out)."""
+    if len(metrics) > MAX_MEASURES:
+        return f"{len(metrics)} measures, at most {MAX_MEASURES} are taken"
+    for key, value in metrics.items():
+        if not abs(value) <= MAX_MEASURE:
+            return f"{key} is {value:g}, beyond {MAX_MEASURE:g}"
+    if not sums or not metrics:
+        return None
+    groups = {key.split("/", 1)[1] for key in metrics if "/" in key}
+    wanted = _SUMS | {f"{what}/{group}" for what in ("correct", "counted") for group in groups}
+    if metrics.keys() != wanted:
+        return f"missing {sorted(wanted - metrics.keys())[:5]}, unknown {sorted(metrics.keys() - wanted)[:5]}"
+    negative = [key for key, value in metrics.items() if value < 0]
+    if negative:
+        return f"{negative[0]} is {metrics[negative[0]]:g}, a sum cannot be negative"
+    for suffix in ("", *(f"/{group}" for group in sorted(groups))):
+        correct, counted = metrics[f"correct{suffix}"], metrics[f"counted{suffix}"]
+        if correct > counted:
+            return f"correct{suffix} is {correct:g} of {counted:g}"
+    return None

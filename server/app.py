@@ -1,0 +1,111 @@
+"""The ServerApp: read the settings, prepare the run folder, conduct the rounds, release the adapter.
+
+flwr run . local-simulation --run-config 'out="/path/of/a/new/folder"'
+
+The same command again, with the folder of a run that was stopped, goes on from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedlora.code import require_one_checkout
+from fedlora.config import RunConfig, differences, load_config, to_toml
+from fedlora.errors import ConfigError
+from server.checkpoint import write_atomic
+from server.release import release
+from server.rounds import Conductor, Evaluator
+
+require_one_checkout(__file__)
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    config = load_config(flower={k: v for k, v in context.run_config.items() if k != "out"})
+    out = str(context.run_config.get("out", ""))
+    if not out:
+        raise ConfigError(
+            "out: where should the run folder be? Give it as --run-config 'out=\"/path/of/a/new/folder\"'"
+        )
+    folder = Path(out)
+    if (folder / "config.toml").is_file():
+        require_same_settings(folder, config)
+    else:
+        open_run(folder, config)
+    run(grid, config, folder, evaluator=own_evaluator(config), notify=_print)
+
+
+def require_same_settings(folder: Path, config: RunConfig) -> None:
+    """A run goes on in its folder with the settings that it began with. Raises: ConfigError naming what differs."""
+    changed = differences(load_config(folder / "config.toml"), config)
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with other settings, and a resumed run must keep them: {'; '.join(changed)}. Use the "
+            "same settings, or choose another folder for a new run."
+        )
+
+
+def open_run(folder: Path, config: RunConfig) -> None:
+    """Make a new run folder with its id and its settings. Raises: ConfigError if the folder exists."""
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise ConfigError(
+            f"{folder} exists already. Choose another folder with --out, or go on with that run: --resume {folder}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error.strerror}. Choose another folder with --out.") from error
+    write_atomic(folder / "run-id", f"{secrets.token_hex(8)}\n".encode())
+    write_atomic(folder / "config.toml", to_toml(config).encode())  # last: with it the folder is a run
+
+
+def run(
+    grid: Grid,
+    config: RunConfig,
+    folder: Path,
+    *,
+    evaluator: Evaluator | None,
+    notify: Callable[[dict[str, Any]], None],
+) -> Path:
+    """Conduct a run in a folder made by `open_run`, from its newest checkpoint on; returns the adapter's folder."""
+    name = (folder / "run-id").read_text().strip()
+    state = Conductor(grid, config, folder, run=name, evaluator=evaluator, notify=notify).conduct()
+    return release(folder, state, config, run=name, rounds=config.rounds.count)
+
+
+def own_evaluator(config: RunConfig) -> Evaluator | None:
+    """The server's evaluator, if the settings give it test rows; loads the base."""
+    if not config.evaluation.server:
+        return None
+    from fedlora.base import load_base
+    from fedlora.data import test_rows
+    from fedlora.data.prompt import prompt_format
+    from server.evaluate import TestRows
+
+    rows = test_rows(config)
+    if not rows:
+        return None
+    base = load_base(config.model)
+    form = prompt_format(config, base.tokenizer)
+    return TestRows(base, form.encode(rows)[0], batch_size=config.evaluation.batch_size)
+
+
+def _print(event: dict[str, Any]) -> None:
+    """One line in Flower's log for each step that someone may look for."""
+    kind = event["event"]
+    if kind == "closed":
+        print(f"round {event['round']} closed", flush=True)
+    elif kind == "refused":
+        print(f"refused {event['client']}: {event['rule']}: {event['detail']}", flush=True)
+    elif kind == "retry":
+        print(f"round {event['round']} is repeated: {event['reason']}", flush=True)
+    elif kind == "done":
+        print(f"done after {event['seconds']:.0f} s", flush=True)

@@ -1,0 +1,234 @@
+"""Who takes part: nodes are asked once who they are; clients are chosen by stable id, never by node id or arrival."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from flwr.app import MessageType
+from flwr.serverapp import Grid
+
+from fedlora.code import code_digest
+from fedlora.config import RunConfig
+from fedlora.errors import AdapterError, AnswerRejected, RoundFailed, WireError
+from fedlora.frame import from_json
+from fedlora.rng import stream
+from fedlora.state import Ask, Header, Layout
+from fedlora.wire import encode_ask
+from server.admission import admit, plain
+from server.exchange import Asked, Failure, exchange
+from strategies.base import Member
+
+_PAUSE = 0.2  # seconds between looks at who is online
+_LASTING = {"deadline", "malformed"}  # a node that failed its hello in another way is asked again before the next round
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """One client that may take part: where it is, and what its plan depends on."""
+
+    member: Member
+    node: int
+
+
+@dataclass(frozen=True)
+class Refusal:
+    client: str
+    rule: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hello:
+    """What a client says of itself."""
+
+    id: str
+    rank: int
+    base: str
+    layout: Layout
+
+
+class Roster:
+    """The clients of a run by stable id, agreed on one base and layout: those of the checkpoint, if there is one."""
+
+    def __init__(self, grid: Grid, config: RunConfig, run: str, *, base: str | None, layout: Layout | None) -> None:
+        self._grid = grid
+        self._config = config
+        self._run = run
+        self._seen: set[int] = set()
+        self.base = base or config.model.fingerprint
+        self.layout = layout
+        self.clients: dict[str, Enrolled] = {}
+
+    def wait(self, notify: Callable[[dict[str, Any]], None], *, resumed: bool) -> None:
+        """Wait until `rounds.clients` nodes are connected; a resumed run goes on at the deadline if a quorum is.
+
+        Raises: RoundFailed at the deadline, with the counts.
+        """
+        rounds, told = self._config.rounds, -1
+        wanted, end = rounds.clients, time.monotonic() + rounds.deadline
+        while (online := len(list(self._grid.get_node_ids()))) < wanted:
+            if time.monotonic() > end:
+                if resumed and online >= math.ceil(rounds.quorum * wanted):
+                    return
+                advice = "resume again" if resumed else "set rounds.clients to what there is"
+                raise RoundFailed(
+                    f"{online} of {wanted} nodes are online after {rounds.deadline:g} s. Start the missing nodes, or "
+                    f"{advice}."
+                )
+            if online != told:
+                notify({"event": "waiting", "online": online, "wanted": wanted})
+                told = online
+            time.sleep(_PAUSE)
+
+    def refresh(self) -> list[Refusal]:
+        """Ask every new node who it is; forget nodes that left. Returns who was refused, and why.
+
+        The base is the one of the settings or of the checkpoint, else the commonest among the first answers; a client
+        with another base, layout or code is refused. Raises: RoundFailed if no base or layout is the commonest.
+        """
+        online = set(self._grid.get_node_ids())
+        self.clients = {c: e for c, e in self.clients.items() if e.node in online}
+        self._seen &= online
+        hellos: dict[int, Hello] = {}
+        refused = self._ask(sorted(online - self._seen), hellos)
+        self._agree(list(hellos.values()))
+        for node, hello in sorted(hellos.items()):
+            refusal = self._enrol(node, hello)
+            if refusal is not None:
+                refused.append(refusal)
+        self.clients = dict(sorted(self.clients.items()))
+        return refused
+
+    def _ask(self, nodes: list[int], hellos: dict[int, Hello]) -> list[Refusal]:
+        """Fill `hellos` with what each node says of itself; the rest are refused."""
+        refused: list[Refusal] = []
+        by_name = {f"node {n}": n for n in nodes}
+        headers = {c: Header(run=self._run, round=0, client=c, kind="hello", code=code_digest()) for c in by_name}
+        asks = [Asked(c, n, partial(encode_ask, headers[c], Ask())) for c, n in by_name.items()]
+        for name, data, _ in exchange(
+            self._grid,
+            asks,
+            message_type=MessageType.QUERY,
+            group="hello",
+            deadline=self._config.rounds.deadline,
+            in_flight=self._config.rounds.in_flight,
+        ):
+            node = by_name[name]
+            if isinstance(data, Failure):
+                refused.append(Refusal(name, data.rule, data.detail))
+                if data.rule in _LASTING:
+                    self._seen.add(node)
+                continue
+            self._seen.add(node)
+            try:
+                answer = admit(data, headers[name], expected={}, max_bytes=self._config.wire.max_bytes)
+                hellos[node] = _hello(answer.info)
+            except AnswerRejected as error:
+                refused.append(Refusal(name, error.rule, error.detail))
+            except WireError as error:
+                refused.append(Refusal(name, "hello", plain(f"not a fedlora hello: {error}", 400)))
+        return refused
+
+    def _agree(self, hellos: list[Hello]) -> None:
+        if self.base is None and hellos:
+            self.base = _commonest([h.base for h in hellos], "bases", "set model.fingerprint to the base of the run")
+        if self.layout is None:
+            layouts = {h.layout.digest: h.layout for h in hellos if h.base == self.base}
+            if layouts:
+                digests = [h.layout.digest for h in hellos if h.base == self.base]
+                chosen = _commonest(digests, "layouts", "give all the same model.target_modules and model.labels")
+                self.layout = layouts[chosen]
+
+    def _enrol(self, node: int, hello: Hello) -> Refusal | None:
+        name, rank = hello.id, hello.rank
+        if hello.base != self.base or self.layout is None:
+            return Refusal(
+                name, "other base", f"its base is {hello.base[:12]}, the run's is {(self.base or '')[:12]}; same model?"
+            )
+        if hello.layout.digest != self.layout.digest:
+            ours, theirs = self.layout.to_json(), hello.layout.to_json()
+            differ = sorted(
+                name
+                for part in ("modules", "head")
+                for name in ours[part].keys() | theirs[part].keys()
+                if ours[part].get(name) != theirs[part].get(name)
+            )
+            return Refusal(
+                name,
+                "other layout",
+                f"{len(differ)} modules or heads differ from the run's, such as {differ[:3]}; same target_modules and "
+                "labels on both sides?",
+            )
+        if not 1 <= rank <= self.layout.max_rank():
+            return Refusal(
+                name, "rank", f"rank {rank}; the smallest adapted layer allows 1 to {self.layout.max_rank()}"
+            )
+        if name in self.clients:
+            self._seen.discard(node)  # it may be the same client come back, before Flower saw its old node leave
+            return Refusal(
+                name, "same id twice", f"node {self.clients[name].node} has it already; every client needs its own id"
+            )
+        self.clients[name] = Enrolled(Member(id=name, rank=rank, scale=self._config.scale_of(rank)), node)
+        return None
+
+    def members(self) -> tuple[Member, ...]:
+        return tuple(e.member for e in self.clients.values())
+
+    def require_members(self) -> tuple[str, Layout]:
+        """(base, layout). Raises: RoundFailed if nobody could be enrolled."""
+        if not self.clients or self.base is None or self.layout is None:
+            raise RoundFailed("no client could be enrolled: every node failed or was refused; the log says why")
+        return self.base, self.layout
+
+
+def _hello(info: Mapping[str, Any]) -> Hello:
+    """Raises: WireError naming the field that is wrong."""
+    layout = from_json(Mapping[str, Any], info.get("layout"), "layout")
+    modules = from_json(
+        Mapping[str, tuple[int, int, Literal["linear", "conv1d", "embedding"]]], layout.get("modules"), "modules"
+    )
+    head = from_json(Mapping[str, tuple[int, ...]], layout.get("head"), "head")
+    sizes = [n for out, inp, _ in modules.values() for n in (out, inp)] + [n for shape in head.values() for n in shape]
+    if not modules or min(sizes) < 1:
+        raise WireError(f"layout: {len(modules)} modules, smallest size {min(sizes, default=0)}; both must be positive")
+    name = from_json(str, info.get("id"), "id")
+    if not (0 < len(name) <= 200 and name.isprintable()):
+        raise WireError(f"id must be 1 to 200 printable characters, got {name!r:.80}")
+    return Hello(
+        id=name,
+        rank=from_json(int, info.get("rank"), "rank"),
+        base=plain(from_json(str, info.get("base"), "base"), 200),
+        layout=Layout.from_json({"modules": modules, "head": head}),
+    )
+
+
+def _commonest(values: list[str], what: str, fix: str) -> str:
+    first, *rest = Counter(values).most_common(2)
+    if rest and first[1] == rest[0][1]:
+        names = " and ".join(sorted((first[0][:12], rest[0][0][:12])))
+        raise RoundFailed(f"clients hold different {what} in equal numbers ({names}): {fix}")
+    return first[0]
+
+
+def sample(members: tuple[Member, ...], config: RunConfig, round_: int) -> tuple[Member, ...]:
+    """The clients of one round, by stable id: a fixed share without replacement, or each with that probability.
+
+    Depends on the seed, the round and the ids alone. A Poisson sample may be empty.
+    Raises: AdapterError if `members` is not sorted by id.
+    """
+    if [m.id for m in members] != sorted(m.id for m in members):
+        raise AdapterError("members must come in stable-id order")
+    generator = stream(config.seed, "sampling", round_)
+    fraction = config.rounds.fraction
+    if config.rounds.sampling == "poisson":
+        return tuple(m for m, draw in zip(members, generator.random(len(members)), strict=True) if draw < fraction)
+    count = max(1, round(fraction * len(members)))
+    if count >= len(members):
+        return members
+    return tuple(members[i] for i in sorted(generator.choice(len(members), count, replace=False)))

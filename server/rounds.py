@@ -1,0 +1,317 @@
+"""Drives a run: the one place that knows Flower, deadlines, quorum and checkpoints.
+
+A method's round is a generator that yields {client: Ask} and receives {client: Answer}; this file carries them over
+the Grid, admits and spools the answers, has the clients evaluate, logs, and checkpoints after every round.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from flwr.app import MessageType
+from flwr.serverapp import Grid
+
+from fedlora.code import code_digest
+from fedlora.config import RunConfig, flat, local_training
+from fedlora.errors import AnswerRejected, RoundFailed
+from fedlora.report.log import RunLog
+from fedlora.state import Answer, Ask, GlobalState, Header, Kind, Part, expected_shapes
+from fedlora.wire import BlocksBody, decode_answer, encode_ask, encode_blocks
+from server import checkpoint
+from server.admission import admit
+from server.evaluate import Evaluator, evaluation_ask, summary
+from server.exchange import Asked, Failure, exchange
+from server.roster import Refusal, Roster, sample
+from server.spool import Spool
+from strategies.base import Closed, Cohort, Member, Method, get
+
+__all__ = ["SPOOL_MEMORY", "Conductor", "Evaluator", "Notify", "Tally", "evaluation_ask", "summary"]
+
+Notify = Callable[[dict[str, Any]], None]
+SPOOL_MEMORY = 256 * 2**20  # bytes of answers that one round may hold in memory before it spills to disk
+
+
+@dataclass
+class Tally:
+    """What one round saw: bytes and refusals of all its attempts, and who is still missing."""
+
+    down: dict[str, int] = field(default_factory=dict)
+    up: dict[str, int] = field(default_factory=dict)
+    refused: list[Refusal] = field(default_factory=list)
+    missing: set[str] = field(default_factory=set)
+
+
+class Conductor:
+    """One run over one Grid, in one folder. `notify` hears of every step; if it raises, the run ends there."""
+
+    def __init__(
+        self, grid: Grid, config: RunConfig, folder: Path, *, run: str, evaluator: Evaluator | None, notify: Notify
+    ) -> None:
+        self._grid = grid
+        self._config = config
+        self._checkpoints = folder / "checkpoints"
+        self._spool = folder / "spool"
+        self._run = run
+        self._evaluator = evaluator if config.evaluation.server else None
+        self._notify = notify
+        self._method: Method = get(config.method.name)
+        self._log = RunLog(folder)
+
+    def conduct(self) -> GlobalState:
+        """Run from the newest checkpoint (or the opening) to the last round, and return the final state.
+
+        Raises: RoundFailed when a round stays below quorum after its retries (the last state is on disk, and the run
+        can be resumed); CheckpointError when the folder cannot be written or read.
+        """
+        started = time.monotonic()
+        shutil.rmtree(self._spool, ignore_errors=True)  # answers of a round that a crash cut short
+        resumed = checkpoint.latest(self._checkpoints)
+        if resumed is not None and resumed[0] >= self._config.rounds.count:
+            return resumed[1]
+        roster = Roster(
+            self._grid,
+            self._config,
+            self._run,
+            base=resumed[1].base if resumed else None,
+            layout=resumed[1].layout if resumed else None,
+        )
+        roster.wait(self._notify, resumed=resumed is not None)
+        tally = Tally()
+        self._refuse(tally, roster.refresh())
+        if not roster.clients and tally.refused:
+            raise RoundFailed(f"no client could be enrolled; the first was refused: {_say(tally.refused[0])}")
+        base, layout = roster.require_members()
+        if resumed is None:
+            done, state = 0, self._method.open(base, layout, roster.members(), self._config.method, self._config.seed)
+            checkpoint.save(self._checkpoints, 0, state)
+        else:
+            done, state = resumed
+        self._log.truncate_to(done)
+        self._log.append(self._start_event(roster, done, tally.refused))
+        self._notify(
+            {"event": "start", "clients": len(roster.clients), "rounds": self._config.rounds.count, "done": done}
+        )
+        for number in range(done + 1, self._config.rounds.count + 1):
+            tally = Tally()
+            if number > done + 1:
+                self._refuse(tally, roster.refresh())
+            state = self._round(number, state, roster, tally)
+        self._notify({"event": "done", "seconds": time.monotonic() - started})
+        return state
+
+    def _round(self, number: int, state: GlobalState, roster: Roster, tally: Tally) -> GlobalState:
+        began = time.monotonic()
+        if not roster.clients:
+            raise self._paused(number, f"round {number}: every client has left.")
+        members = sample(roster.members(), self._config, number)
+        self._notify({"event": "round", "round": number, "clients": len(members)})
+        event: dict[str, Any] = {"event": "round", "round": number, "clients": []}
+        if members:  # an empty Poisson sample leaves the state as it is
+            closed, event["clients"] = self._train(number, state, members, roster, tally)
+            state = closed.state
+            event["aggregate"] = {k: v for k, v in closed.report.items() if math.isfinite(v)}
+        every, last = self._config.evaluation.every, number == self._config.rounds.count
+        if (members or self._evaluator) and (last or (every and number % every == 0)):
+            event["evaluation"] = self._evaluate(number, state, members, roster, tally)
+        ranks = {m.id: m.rank for m in members}
+        for client in event["clients"]:
+            name = client["id"]
+            client |= {"rank": ranks[name], "bytes_down": tally.down[name], "bytes_up": tally.up[name]}
+        event |= {
+            "version": state.version,
+            "bytes_down": sum(tally.down.values()),
+            "bytes_up": sum(tally.up.values()),
+            "refused": [vars(r) for r in sorted(tally.refused, key=lambda r: r.client)],
+            "missing": sorted(tally.missing),
+            "seconds": time.monotonic() - began,
+        }
+        self._log.append(event)
+        checkpoint.save(self._checkpoints, number, state)
+        self._notify({"event": "closed", "round": number, "summary": event})
+        return state
+
+    def _train(
+        self, number: int, state: GlobalState, members: tuple[Member, ...], roster: Roster, tally: Tally
+    ) -> tuple[Closed, list[dict[str, Any]]]:
+        """One round of the method, repeated from its start while it stays below quorum and retries are left."""
+        rounds = self._config.rounds
+        cohort = Cohort(
+            round=number,
+            rounds=rounds.count,
+            members=members,
+            settings=self._config.method,
+            training=local_training(self._config),
+            seed=self._config.seed,
+            progress=((number - 1) / rounds.count, number / rounds.count),
+        )
+        for attempt in range(rounds.retries + 1):
+            try:
+                return self._attempt(cohort, attempt, state, roster, tally)
+            except RoundFailed as error:
+                if attempt == rounds.retries:
+                    raise self._paused(number, str(error)) from error
+                self._notify({"event": "retry", "round": number, "reason": str(error)})
+            tally.missing.clear()
+            self._refuse(tally, roster.refresh())
+        raise AssertionError("unreachable: the loop returns or raises")
+
+    def _attempt(
+        self, cohort: Cohort, attempt: int, state: GlobalState, roster: Roster, tally: Tally
+    ) -> tuple[Closed, list[dict[str, Any]]]:
+        protocol = self._method.protocol(state, cohort)
+        asks = next(protocol)
+        told: list[dict[str, Any]] = []
+        phase = 0
+        while True:
+            spool, told_now = self._ask("train", cohort.round, attempt, phase, state, asks, roster, tally)
+            try:
+                quorum = math.ceil(self._config.rounds.quorum * len(asks))
+                if len(spool) < quorum:
+                    why = "; ".join(_say(r) for r in tally.refused[-3:])
+                    raise RoundFailed(
+                        f"round {cohort.round}: {len(spool)} of {len(asks)} clients answered, the quorum is {quorum} "
+                        f"(the last refusals: {why})."
+                    )
+                told = told_now if phase == 0 else told
+                asks = protocol.send(spool)
+                phase += 1
+            except StopIteration as closed:
+                return closed.value, told
+            finally:
+                spool.clear()
+
+    def _paused(self, number: int, why: str) -> RoundFailed:
+        return RoundFailed(
+            f"{why} The run pauses after round {number - 1}, whose state is in {self._checkpoints}. Bring the clients "
+            "back and resume the run; only a new run can have a lower rounds.quorum."
+        )
+
+    def _evaluate(
+        self, number: int, state: GlobalState, members: tuple[Member, ...], roster: Roster, tally: Tally
+    ) -> dict[str, Any]:
+        """Sums over the clients' held-out rows, per group and per client; and the server's own, if it has data.
+
+        Who did not answer the training at all is not asked again: that could cost another deadline.
+        """
+        ask = evaluation_ask(state)
+        asks = {m.id: ask for m in members if m.id not in tally.missing}
+        spool, told = self._ask("evaluate", number, 0, 0, state, asks, roster, tally)
+        spool.clear()
+        sums: dict[str, float] = {}
+        for client in told:
+            for key, value in client["metrics"].items():
+                sums[key] = sums.get(key, 0.0) + value
+        result = summary(sums)
+        result["clients"] = {c["id"]: summary(c["metrics"], groups=False) for c in told}
+        if self._evaluator is not None:
+            result["server"] = summary(self._evaluator(state))
+        return result
+
+    def _ask(
+        self,
+        kind: Kind,
+        number: int,
+        attempt: int,
+        phase: int,
+        state: GlobalState,
+        asks: Mapping[str, Ask],
+        roster: Roster,
+        tally: Tally,
+    ) -> tuple[Spool, list[dict[str, Any]]]:
+        """Send, admit and spool; returns the spool and what each accepted client told, in stable-id order."""
+        wire = self._config.wire
+        common = Header(
+            run=self._run,
+            round=number,
+            client="",
+            kind=kind,
+            base=state.base,
+            version=state.version,
+            attempt=attempt,
+            phase=phase,
+            code=code_digest(),
+        )
+        shapes: dict[tuple[int, tuple[Part, ...]], dict[str, tuple[int, ...]]] = {}  # few: plans share rank and parts
+        shared: list[BlocksBody] = []  # the blocks are the same for all, so they are encoded once, when first needed
+
+        def expected(client: str) -> dict[str, tuple[int, ...]]:
+            plan = asks[client].plan
+            if plan is None:
+                return {}
+            if (plan.rank, plan.send) not in shapes:
+                shapes[plan.rank, plan.send] = expected_shapes(plan, state.layout)
+            return shapes[plan.rank, plan.send]
+
+        def decode(client: str, data: bytes) -> Answer:
+            return decode_answer(data, max_bytes=wire.max_bytes, expected=expected(client))[1]
+
+        def payload(client: str) -> bytes:
+            ask = asks[client]
+            if not shared or list(map(id, shared[0].blocks)) != list(map(id, ask.blocks)):
+                shared[:] = [encode_blocks(ask.blocks, wire.dtype)]
+            return encode_ask(replace(common, client=client), ask, wire.dtype, shared=shared[0])
+
+        spool = Spool(self._spool, decode, memory_limit=SPOOL_MEMORY)
+        told: dict[str, dict[str, Any]] = {}
+        here = [c for c in sorted(asks) if c in roster.clients]
+        gone = sorted(asks.keys() - roster.clients.keys())
+        tally.missing.update(gone)
+        self._refuse(tally, (Refusal(c, "node unavailable", "it left after the round began") for c in gone))
+        for client, data, sent in exchange(
+            self._grid,
+            [Asked(c, roster.clients[c].node, partial(payload, c)) for c in here],
+            message_type=MessageType.TRAIN if kind == "train" else MessageType.EVALUATE,
+            group=str(number),
+            deadline=self._config.rounds.deadline,
+            in_flight=self._config.rounds.in_flight,
+        ):
+            tally.down[client] = tally.down.get(client, 0) + sent
+            if isinstance(data, Failure):
+                if data.rule not in ("malformed", "second answer"):
+                    tally.missing.add(client)
+                self._refuse(tally, [Refusal(client, data.rule, data.detail)])
+                continue
+            tally.up[client] = tally.up.get(client, 0) + len(data)
+            try:
+                answer = admit(
+                    data, replace(common, client=client), expected=expected(client), max_bytes=wire.max_bytes
+                )
+            except AnswerRejected as error:
+                self._refuse(tally, [Refusal(client, error.rule, error.detail)])
+                continue
+            spool.put(client, data)
+            measures = dict(answer.metrics) if kind == "train" else {"metrics": dict(answer.metrics)}
+            told[client] = {**measures, "id": client, "examples": answer.examples}
+            self._notify(
+                {"event": "answer", "kind": kind, "round": number, "client": client, "metrics": answer.metrics}
+            )
+        return spool, [told[c] for c in sorted(told)]
+
+    def _refuse(self, tally: Tally, refusals: Iterable[Refusal]) -> None:
+        for refusal in refusals:
+            tally.refused.append(refusal)
+            self._notify({"event": "refused", **vars(refusal)})
+
+    def _start_event(self, roster: Roster, done: int, refused: list[Refusal]) -> dict[str, Any]:
+        return {
+            "event": "start",
+            "run": self._run,
+            "method": self._config.method.name,
+            "config": flat(self._config),
+            "clients": [{"id": m.id, "rank": m.rank} for m in roster.members()],
+            "base": roster.base,
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "resumed_after": done,
+            "refused": [vars(r) for r in refused],
+        }
+
+
+def _say(refusal: Refusal) -> str:
+    return f"{refusal.client}: {refusal.rule}: {refusal.detail}"

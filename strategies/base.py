@@ -1,0 +1,311 @@
+"""What a federated method is: two pure functions over values, and the registry of those that exist.
+
+A method opens a state and runs rounds. A round is a generator, `protocol(state, cohort)`: it yields who is asked what,
+receives who answered what, and returns the next state with a report. It knows neither Flower nor files nor deadlines.
+
+With s_k the scale of client k, n_k its examples and p_k = n_k / (sum of n over those who answered), every method obeys
+these laws (`tests/laws/test_every_method.py`), which speak of W_eff, since factors are not unique:
+
+1. Order. Answers are folded in the order of stable ids: the order in which they came changes no byte.
+2. Fixed point. Clients of one rank that return the same factors give the product of those factors.
+3. Echo. Clients that train nothing leave W_eff as it was (methods that truncate say in the report what they lost).
+4. Weights. p_k is over those who answered, not over those who were asked; scaling all n_k changes nothing.
+5. Nobody. A round without a single answer is refused; the old state is intact.
+6. Frozen. Whatever the plan does not train (and all that earlier tasks left) is the same bytes afterwards.
+7. Head. A dense head, where the layout has one, moves by the p_k-weighted mean of its changes.
+
+Arrays were checked by admission (keys, shapes, finite values, counts); methods trust them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedlora.adapter import Adapter, Array, Factors
+from fedlora.config import MethodConfig
+from fedlora.errors import MethodError
+from fedlora.rng import public_normal, stream
+from fedlora.state import (
+    Answer,
+    Ask,
+    Block,
+    GlobalState,
+    Layout,
+    LocalTraining,
+    Module,
+    Part,
+    Task,
+    TrainPlan,
+    keyed,
+    part,
+)
+
+HEAD_STD = 0.02  # standard deviation of a new head's weights, as transformers initialises its classifiers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """One client as a method sees it: stable id, LoRA rank r_k, and scale s_k (alpha / rank, or as configured)."""
+
+    id: str
+    rank: int
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cohort:
+    """Who is asked in one round, in the order of stable ids, and all else that a round depends on."""
+
+    round: int  # 1-based
+    rounds: int
+    members: tuple[Member, ...]
+    settings: MethodConfig
+    training: LocalTraining
+    seed: int
+    progress: tuple[float, float]  # of the whole run, at the first and after the last local step of this round
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closed:
+    """The end of a round: the next state and what to log about it."""
+
+    state: GlobalState
+    report: dict[str, float]
+
+
+Round = Generator[Mapping[str, Ask], Mapping[str, Answer], Closed]
+
+
+class Open(Protocol):
+    """Version 0 of a run: one unnamed open task, for `members`, all enrolled clients. Raises: MethodError."""
+
+    def __call__(
+        self, base: str, layout: Layout, members: Sequence[Member], settings: MethodConfig, seed: int
+    ) -> GlobalState: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A published federated method: pure functions under one name.
+
+    `open(base, layout, members, settings, seed)` gives version 0; `protocol(state, cohort)` is one round, which
+    raises MethodError if nobody answered; `released(state)` is what a run hands out, by default W_eff - W0.
+    """
+
+    name: str
+    summary: str
+    open: Open
+    protocol: Callable[[GlobalState, Cohort], Round]
+    released: Callable[[GlobalState], Adapter] = GlobalState.update
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(method: Method) -> Method:
+    """Adds a method to `METHODS` under its name; each method's file does so once, when `strategies` is imported."""
+    METHODS[method.name] = method
+    return method
+
+
+def get(name: str) -> Method:
+    """The method of this name. Raises: MethodError that names the nearest one and all that exist."""
+    if name in METHODS:
+        return METHODS[name]
+    near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise MethodError(f"no method is called {name!r}; {hint}There are: {', '.join(sorted(METHODS))}")
+
+
+def opened(
+    base: str,
+    layout: Layout,
+    seed: int,
+    *,
+    pair: Adapter | None = None,
+    public_seed: int | None = None,
+    memory: Mapping[str, Mapping[str, Array]] | None = None,
+) -> GlobalState:
+    """Version 0 with one unnamed open task, and a new head if the layout has one.
+
+    Head weights are N(0, 0.02) from the public generator, biases (one axis) zero: the same for every client.
+    """
+    head = {
+        name: (HEAD_STD * public_normal(seed, "head", name, shape=shape)).astype(np.float32)
+        if len(shape) > 1
+        else np.zeros(shape, np.float32)
+        for name, shape in sorted(layout.head.items())
+    }
+    task = Task(name="", pair=pair, extras=head, public_seed=public_seed)
+    return GlobalState(version=0, base=base, layout=layout, tasks={"": task}, memory=memory or {})
+
+
+def largest(members: Sequence[Member], method: str) -> Member:
+    """The member of the largest rank, the first by id among equals. Raises: MethodError if there is none."""
+    if not members:
+        raise MethodError(f"{method}: no client is enrolled, so there is no rank to open a state with")
+    return min(members, key=lambda m: (-m.rank, m.id))
+
+
+def fresh_a(rows: int, module: Module, rng: np.random.Generator) -> NDArray[np.float32]:
+    """A new A `[rows, in]`, uniform in +-1/sqrt(in), as PEFT starts (Kaiming, a = sqrt 5): rows of norm 1/sqrt(3)."""
+    bound = 1.0 / math.sqrt(module.inp)
+    return rng.uniform(-bound, bound, (rows, module.inp)).astype(np.float32)
+
+
+def plan_for(
+    method: str,
+    state: GlobalState,
+    cohort: Cohort,
+    member: Member,
+    *,
+    rank: int,
+    rows: int,
+    scale: float,
+    train: tuple[Part, ...],
+    changes: tuple[Part, ...] = (),
+    a_from: Literal["given", "fresh", "public"] = "given",
+    b_from: Literal["given", "zero"] = "given",
+    a_seed: int = 0,
+) -> TrainPlan:
+    """A plan that sends what it trains; where the layout has a head, that is trained too, and its change is sent.
+
+    Its seed is another one for each client and round, so that fresh factors and batches never repeat.
+    """
+    head: tuple[Part, ...] = ("head",) if state.layout.head else ()
+    return TrainPlan(
+        method=method,
+        rank=rank,
+        rows=rows,
+        scale=scale,
+        train=train + head,
+        send=train + head,
+        changes=changes + head,
+        a_from=a_from,
+        b_from=b_from,
+        a_seed=a_seed,
+        training=cohort.training,
+        progress=cohort.progress,
+        seed=int(stream(cohort.seed, "plan", cohort.round, member.id).integers(2**53)),
+    )
+
+
+def blocks_for_all(state: GlobalState) -> tuple[Block, ...]:
+    """The frozen blocks every client trains on top of: those of sealed tasks and of the open one."""
+    return tuple(b for t in state.tasks.values() if t.sealed for b in t.blocks) + state.open_task.blocks
+
+
+def pair_of(state: GlobalState, method: str) -> Adapter:
+    """The open task's pair. Raises: MethodError if it has none, as under a method that keeps only blocks."""
+    pair = state.open_task.pair
+    if pair is None:
+        raise MethodError(f"{method}: this state keeps no pair (A, B); was it opened by another method?")
+    return pair
+
+
+def head_start(state: GlobalState) -> dict[str, Array]:
+    """The open task's head as arrays of an Ask; empty where the layout has none."""
+    return keyed("head", state.open_task.extras)
+
+
+def pair_arrays(pair: Adapter) -> dict[str, Array]:
+    """A pair as the arrays `A:module` and `B:module`; its scale is left out."""
+    return {**keyed("A", {n: f.a for n, f in pair.items()}), **keyed("B", {n: f.b for n, f in pair.items()})}
+
+
+def pair_from(arrays: Mapping[str, Array], scale: float = 1.0) -> Adapter:
+    """The inverse of `pair_arrays`, in float64."""
+    b = part(arrays, "B")
+    return Adapter(
+        {n: Factors(a.astype(np.float64), b[n].astype(np.float64), scale) for n, a in part(arrays, "A").items()}
+    )
+
+
+def in_order(answers: Mapping[str, Answer], cohort: Cohort) -> Iterator[tuple[Member, Answer]]:
+    """Members who answered with their answers, in the order of stable ids, one answer in memory at a time.
+
+    Raises: MethodError if nobody answered.
+    """
+    if not answers:
+        raise MethodError(
+            f"no client answered in round {cohort.round} (asked: {len(cohort.members)}); "
+            "a method cannot average nothing, and the last state stands"
+        )
+    members = {m.id: m for m in cohort.members}
+    for client in sorted(answers):
+        yield members[client], answers[client]
+
+
+class Sums:
+    """Weighted float64 sums of named arrays, of one shape each; smaller arrays are padded with zeros.
+
+    Padding is at the end of every axis, so the first r rows of A or columns of B land where they belong. Memory is one
+    client's arrays in float64, whatever the number of clients.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self._sums = {name: np.zeros(shape, np.float64) for name, shape in shapes.items()}
+        self.weight = 0.0
+
+    def add(self, arrays: Mapping[str, Array], weight: float) -> None:
+        for name, total in self._sums.items():
+            x = arrays[name]
+            total[tuple(slice(n) for n in x.shape)] += weight * x.astype(np.float64)
+        self.weight += weight
+
+    def mean(self) -> dict[str, NDArray[np.float64]]:
+        """The sums over the weight of all that was added."""
+        return {name: total / self.weight for name, total in self._sums.items()}
+
+
+def head_sums(layout: Layout) -> Sums:
+    """An empty sum of head changes; `add(part(answer.arrays, "head"), n_k)` for each client."""
+    return Sums(layout.head)
+
+
+def moved(start: Mapping[str, Array], change: Mapping[str, NDArray[np.float64]]) -> dict[str, Array]:
+    """`start + change` in float64, in the dtype of the start."""
+    return {name: (x.astype(np.float64) + change[name]).astype(x.dtype) for name, x in start.items()}
+
+
+def relative(part_norm: float, whole_norm: float) -> float:
+    """A norm as a fraction of another; 0 of 0 is 0, and something of nothing is infinite."""
+    if whole_norm > 0.0:
+        return part_norm / whole_norm
+    return 0.0 if part_norm == 0.0 else math.inf
+
+
+__all__ = [
+    "METHODS",
+    "Closed",
+    "Cohort",
+    "Member",
+    "Method",
+    "Open",
+    "Round",
+    "Sums",
+    "blocks_for_all",
+    "fresh_a",
+    "get",
+    "head_start",
+    "head_sums",
+    "in_order",
+    "keyed",
+    "largest",
+    "moved",
+    "opened",
+    "pair_arrays",
+    "pair_from",
+    "pair_of",
+    "part",
+    "plan_for",
+    "register",
+    "relative",
+]
