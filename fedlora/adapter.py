@@ -225,17 +225,44 @@ def truncate(f: Factors, rank: int) -> tuple[Factors, float]:
     dtype = np.result_type(f.a, f.b)
     if f.rank == 0 or rank == 0:
         return Factors(np.zeros((0, inp), dtype), np.zeros((out, 0), dtype)), factor_norm(f)
-    qb, rb = np.linalg.qr(f.b.astype(np.float64))
-    qa, ra = np.linalg.qr(f.a.astype(np.float64).T)
+    qb, rb = _Reflectors.of(f.b)
+    qa, ra = _Reflectors.of(f.a.T)
     core = f.scale * (rb @ ra.T)
     if not np.isfinite(core).all():
         raise AdapterError(f"cannot truncate factors a {f.a.shape} and b {f.b.shape}: their product is not finite")
     u, s, vt = np.linalg.svd(core, full_matrices=False)
     keep = min(rank, len(s))
     root = np.sqrt(s[:keep])
-    b = (qb @ (u[:, :keep] * root)).astype(dtype)
-    a = ((vt[:keep] * root[:, None]) @ qa.T).astype(dtype)
-    return Factors(a, b), float(np.linalg.norm(s[keep:]))
+    b, a = qb.times(u[:, :keep] * root), qa.times(vt[:keep].T * root).T
+    return Factors(np.ascontiguousarray(a, dtype), np.ascontiguousarray(b, dtype)), float(np.linalg.norm(s[keep:]))
+
+
+@dataclass(frozen=True)
+class _Reflectors:
+    """The Q of `x = Q R` as Householder vectors, which is what LAPACK finds; Q itself would take as long again."""
+
+    vectors: NDArray[np.float64]  # [columns of x, rows of x]: a vector in each row, from the diagonal on
+    tau: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, x: Array) -> tuple[_Reflectors, NDArray[np.float64]]:
+        """Q and R of `x`, in float64."""
+        vectors, tau = np.linalg.qr(x.astype(np.float64), mode="raw")
+        return cls(vectors, tau), np.triu(vectors.T[: len(tau)])
+
+    def times(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """`Q @ x`, a block of 64 reflectors at a time: `H_1 ... H_n = I - V T V^T` with
+        `T^-1 = diag(1 / tau) + strict upper triangle of V^T V` (Puglisi, 1992).
+        """
+        y = np.zeros((self.vectors.shape[1], x.shape[1]))
+        y[: len(x)] = x
+        for at in reversed(range(0, len(self.tau), 64)):
+            live = np.flatnonzero(self.tau[at : at + 64])  # tau 0 is the identity
+            v = np.triu(self.vectors[at : at + 64, at:], 1)
+            np.fill_diagonal(v, 1.0)
+            v = v[live]
+            y[at:] -= v.T @ np.linalg.solve(np.triu(v @ v.T, 1) + np.diag(1.0 / self.tau[at + live]), v @ y[at:])
+        return y
 
 
 def truncated(adapter: Adapter, rank: int | Mapping[str, int]) -> tuple[Adapter, float]:

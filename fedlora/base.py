@@ -343,4 +343,4 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         if shown:
-            transformers.utils.logging.enable_progress_bar()
+            transformers.utils.logging.enable_progress_bar()  # type: ignore[no-untyped-call]

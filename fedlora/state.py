@@ -188,7 +188,7 @@ class Header:
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What one client is asked: blocks of W_eff (the same for all), its own frozen factors, and arrays to start from."""
+    """What one client is asked: blocks of W_eff (the same for all), its own frozen factors, arrays to start from."""
 
     plan: TrainPlan | None = None  # None in a hello and in an evaluation
     blocks: tuple[Block, ...] = ()

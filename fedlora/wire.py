@@ -58,7 +58,7 @@ def encode_ask(header: Header, ask: Ask, dtype: str = "float32", *, shared: Bloc
     )
     if not same or shared.dtype != dtype:
         raise WireError(
-            f"ask to {header.client}: the shared body is of {len(shared.blocks)} blocks in {shared.dtype}, which are not"
+            f"ask to {header.client}: the shared body is of {len(shared.blocks)} blocks in {shared.dtype}, not"
             f" this ask's {len(ask.blocks)} in {dtype}; call encode_blocks on the blocks of this round"
         )
     arrays = {f"array/{key}": x for key, x in ask.arrays.items()}

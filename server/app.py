@@ -48,8 +48,8 @@ def require_same_settings(folder: Path, config: RunConfig) -> None:
     changed = differences(load_config(folder / "config.toml"), config)
     if changed:
         raise ConfigError(
-            f"{folder} holds a run with other settings, and a resumed run must keep them: {'; '.join(changed)}. Use the "
-            "same settings, or choose another folder for a new run."
+            f"{folder} holds a run with other settings, and a resumed run must keep them: {'; '.join(changed)}. Use "
+            "the same settings, or choose another folder for a new run."
         )
 
 

@@ -205,6 +205,19 @@ class TestTruncate:
             total += float(np.sum(s[keep:] ** 2))
         assert left == pytest.approx(np.sqrt(total), abs=1e-11)
 
+    @pytest.mark.parametrize(("out", "inp", "rank"), [(300, 200, 130), (90, 300, 128), (70, 65, 200)])
+    def test_many_reflectors_and_degenerate_columns(self, out, inp, rank):
+        f = make({"q": (out, inp)}, rank, 0)["q"]
+        f.b[:, 3], f.b[:, 5], f.a[7] = 0.0, f.b[:, 4], 0.0
+        product = f.dense()
+        s = np.linalg.svd(product, compute_uv=False)
+        for keep in (1, 64, rank):
+            small, left = truncate(f, keep)
+            assert left == pytest.approx(np.linalg.norm(s[keep:]), rel=1e-9, abs=1e-9)
+            assert np.linalg.norm(product - small.dense()) == pytest.approx(left, rel=1e-9, abs=1e-9)
+            assert small.a.flags.c_contiguous
+            assert small.b.flags.c_contiguous
+
     def test_float32_in_float32_out_and_error_of_cancelled_terms(self):
         x, y = (make({"q": (50, 40)}, 6, k, dtype=np.float32) for k in (0, 1))
         cancelled = stack([x, x.scaled(-1.0), y])["q"]  # rank 18 on paper, 6 in truth

@@ -118,9 +118,13 @@ class _Trained:
         at = 0
         for key, size in zip(keys, sizes, strict=True):
             x = self.begin[key]
-            leaf = self.flat[at : at + x.size].view(x.shape).copy_(to_tensor(x, base.device)).detach()
-            leaf.requires_grad_(True).grad = self.flat.grad[at : at + x.size].view(x.shape)
-            self.now[key] = leaf
+            turned = key.startswith("B:")  # B lies as its transpose, see Pair
+            shape = x.shape[::-1] if turned else x.shape
+            leaf, grad = (buffer[at : at + x.size].view(shape) for buffer in (self.flat, self.flat.grad))
+            leaf, grad = (leaf.t(), grad.t()) if turned else (leaf, grad)
+            leaf.copy_(to_tensor(x, base.device))
+            self.now[key] = leaf.detach().requires_grad_(True)
+            self.now[key].grad = grad
             at += size
         for key in self.begin.keys() - self.now.keys():
             self.now[key] = to_tensor(self.begin[key], base.device)

@@ -3,8 +3,8 @@
     python simulations/benchmarks/truncate.py --sizes 1024,2048,4096 --ranks 160,512 --keep 16
 
 A product of n x n and the given rank is cut to rank `keep`: by `fedlora.adapter.truncate` (QR of each factor, SVD of
-the core, in float64) and by forming the product and `numpy.linalg.svd` in float32. Times are CPU seconds of all threads:
-a busy machine does not change them, and with OMP_NUM_THREADS=1 they are wall time on an idle one. Dense SVD is run once a
+the core, in float64) and by forming the product and `numpy.linalg.svd` in float32. Times are CPU seconds of all
+threads: a busy machine does not change them; with OMP_NUM_THREADS=1 they are wall time on an idle one. Dense: once a
 size (its time does not depend on the rank; minutes at 4096), the truncation `repeats` times around it: medians.
 """
 

@@ -247,6 +247,6 @@ def test_what_cannot_be_given_is_refused(skill: str, split: str, count: int, mes
 
 
 def test_an_exhausted_skill_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedlora.tiny.skills, "_GIVE_UP", 30)  # sooner, to be quick
+    monkeypatch.setattr(fedlora.tiny.skills, "_GIVE_UP", 80)  # sooner, to be quick
     with pytest.raises(ConfigError, match=r"'date_iso' has hardly any test inputs left: 9000 asked, \d{4} found"):
         rows("date_iso", "test", 9000, seed=0)
