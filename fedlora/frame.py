@@ -226,8 +226,9 @@ class Table:
 
     def names(self, prefix: str) -> list[str]:
         """The keys under `prefix`, without it, sorted."""
-        first, last = bisect_left(self._keys, prefix), bisect_left(self._keys, prefix + "\U0010ffff")
-        return [key.removeprefix(prefix) for key in self._keys[first:last]]
+        after = prefix[:-1] + chr(ord(prefix[-1]) + 1)  # the first string above every string that starts with prefix
+        keys = self._keys[bisect_left(self._keys, prefix) : bisect_left(self._keys, after)]
+        return [key.removeprefix(prefix) for key in keys]
 
     def require_empty(self) -> None:
         if self._left:

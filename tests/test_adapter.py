@@ -295,6 +295,14 @@ class TestProductSum:
         assert np.linalg.norm(flat(whole) - expected) <= 1e-6 * np.linalg.norm(expected)
         assert running.error <= 1e-11 * np.linalg.norm(expected)
 
+    def test_many_compactions_of_float32_round_once(self):
+        terms = [make({"v": (4, 40)}, 3, k, 0.1, np.float32) for k in range(200)]  # compacted every other term
+        running = ProductSum()
+        for term in terms:
+            running.add(term)
+        expected = summed(terms, [1.0] * 200)
+        assert np.linalg.norm(flat(running.total()) - expected) <= 1e-7 * np.linalg.norm(expected)
+
     def test_an_adapter_without_modules_adds_up_to_one(self):
         running = ProductSum()
         running.add(Adapter({}))

@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -321,6 +323,26 @@ def test_files_of_another_model_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "config.json").write_text(json.dumps({**settings, "num_hidden_layers": 3}))
     with pytest.raises(ConfigError, match=r"lack weights of the model: \['model.layers.2"):
         load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_a_soft_cap_is_found_however_quiet_the_logits(cap: float | None, tmp_path: Path) -> None:
+    """Logits of a thousandth: tanh(x / 30) * 30 is x to seven digits, so only a louder probe can tell."""
+    settings = Gemma2Config(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        initializer_range=0.001,
+        final_logit_softcapping=cap,
+    )
+    Gemma2ForCausalLM(settings).save_pretrained(tmp_path)
+    base = load(tmp_path)
+    assert float(logits(base).abs().max()) < 0.1
+    assert base.splits is (cap is None)
 
 
 def test_bad_devices_and_labels(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
@@ -206,6 +206,7 @@ class TestRoundTrip:
             st.text(st.characters(exclude_categories=["Cs"])), st.floats(allow_nan=False, allow_infinity=False)
         ),
     )
+    @example({"\U0010ffff": 0, "": 1, "/": 2}, {})
     def test_any_names_and_numbers(self, sizes, metrics):
         sent = Answer(metrics=metrics, arrays={k: np.ones((n,) * n, np.float32) for k, n in sizes.items()})
         _, got = decode_answer(encode_answer(HEADER, sent), max_bytes=CAP)
@@ -459,6 +460,10 @@ class TestRefused:
             (lambda t: t["array/A:q"].update(shape=[4, 7]), r"do not hold F32 \(4, 7\)"),
             (lambda t: t["array/A:q"].update(shape=[2**62, 2**62]), "do not hold F32"),
             (lambda t: t["array/A:q"].update(data_offsets=[0, 8]), "do not hold F32"),
+            (
+                lambda t: t["array/A:v"].update(data_offsets=t["array/A:q"]["data_offsets"]),
+                "next to the array before it",
+            ),
             (lambda t: t["array/A:q"].update(data_offsets=[0]), "array/A:q: data_offsets must be"),
             (lambda t: t["array/A:q"].update(x=1), r"array/A:q: fields differ; missing \[\], unknown \['x'\]"),
             (lambda t: t["array/A:q"].pop("shape"), r"array/A:q: fields differ; missing \['shape'\]"),
