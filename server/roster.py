@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -51,6 +51,7 @@ class Hello:
     rank: int
     base: str
     layout: Layout
+    digest: str  # of the layout
 
 
 class Roster:
@@ -108,6 +109,7 @@ class Roster:
     def _ask(self, nodes: list[int], hellos: dict[int, Hello]) -> list[Refusal]:
         """Fill `hellos` with what each node says of itself; the rest are refused."""
         refused: list[Refusal] = []
+        layouts: dict[str, Layout] = {}  # one object for all who hold the same
         by_name = {f"node {n}": n for n in nodes}
         headers = {c: Header(run=self._run, round=0, client=c, kind="hello", code=code_digest()) for c in by_name}
         asks = [Asked(c, n, partial(encode_ask, headers[c], Ask())) for c, n in by_name.items()]
@@ -128,7 +130,8 @@ class Roster:
             self._seen.add(node)
             try:
                 answer = admit(data, headers[name], expected={}, max_bytes=self._config.wire.max_bytes)
-                hellos[node] = _hello(answer.info)
+                hello = _hello(answer.info)
+                hellos[node] = replace(hello, layout=layouts.setdefault(hello.digest, hello.layout))
             except AnswerRejected as error:
                 refused.append(Refusal(name, error.rule, error.detail))
             except WireError as error:
@@ -139,9 +142,9 @@ class Roster:
         if self.base is None and hellos:
             self.base = _commonest([h.base for h in hellos], "bases", "set model.fingerprint to the base of the run")
         if self.layout is None:
-            layouts = {h.layout.digest: h.layout for h in hellos if h.base == self.base}
+            layouts = {h.digest: h.layout for h in hellos if h.base == self.base}
             if layouts:
-                digests = [h.layout.digest for h in hellos if h.base == self.base]
+                digests = [h.digest for h in hellos if h.base == self.base]
                 chosen = _commonest(digests, "layouts", "give all the same model.target_modules and model.labels")
                 self.layout = layouts[chosen]
 
@@ -151,7 +154,7 @@ class Roster:
             return Refusal(
                 name, "other base", f"its base is {hello.base[:12]}, the run's is {(self.base or '')[:12]}; same model?"
             )
-        if hello.layout.digest != self.layout.digest:
+        if hello.layout != self.layout:
             ours, theirs = self.layout.to_json(), hello.layout.to_json()
             differ = sorted(
                 name
@@ -200,11 +203,13 @@ def _hello(info: Mapping[str, Any]) -> Hello:
     name = from_json(str, info.get("id"), "id")
     if not (0 < len(name) <= 200 and name.isprintable()):
         raise WireError(f"id must be 1 to 200 printable characters, got {name!r:.80}")
+    parsed = Layout.from_json({"modules": modules, "head": head})
     return Hello(
         id=name,
         rank=from_json(int, info.get("rank"), "rank"),
         base=plain(from_json(str, info.get("base"), "base"), 200),
-        layout=Layout.from_json({"modules": modules, "head": head}),
+        layout=parsed,
+        digest=parsed.digest,
     )
 
 

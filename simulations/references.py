@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from clients.app import encoded, resident_base, stable_id, threads
-from fedlora.adapter import Adapter, Factors
+from fedlora.adapter import Adapter, Array, Factors
 from fedlora.base import Base
 from fedlora.config import RunConfig, local_training
 from fedlora.data.rows import TokenRow
 from fedlora.errors import DataError
 from fedlora.evaluation.score import score
-from fedlora.state import Array, Ask, Block, Header, LocalTraining, Part, TrainPlan, keyed, part
+from fedlora.state import Ask, Block, Header, LocalTraining, Part, TrainPlan, keyed, part
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
 from fedlora.wire import blocks_id
@@ -66,7 +66,7 @@ def bare_base(config: RunConfig, rows: Sequence[TokenRow]) -> Reference:
 
 
 def local_only(config: RunConfig, rows: Sequence[TokenRow]) -> Reference:
-    """Every client trains alone; the mean of their scores, apart for the groups that a client holds and does not hold."""
+    """Every client trains alone; the mean of their scores, also apart for the groups it holds and those it does not."""
     base = resident_base(config.model)
     taken = max(1, round(config.rounds.count * config.rounds.fraction))
     sums: dict[str, float] = {}

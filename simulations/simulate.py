@@ -66,7 +66,7 @@ def simulate(
     for reference in made:
         log.append(reference.event())
     rounds = [e for e in read_log(folder) if e["event"] == "round"]
-    last = next((e["evaluation"] for e in reversed(rounds) if "evaluation" in e), {})
+    last: dict[str, Any] = next((e["evaluation"] for e in reversed(rounds) if "evaluation" in e), {})
     final = last.get("server", last)
     seconds = time.monotonic() - started
     end: dict[str, Any] = {

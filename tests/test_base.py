@@ -33,6 +33,11 @@ from fedlora.state import Block
 from fedlora.training.attach import attach, blocks_digest
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
 def llama(folder: Path, *, tied: bool = False, seed: int = 0, **save: Any) -> Path:
     torch.manual_seed(seed)
     LlamaForCausalLM(

@@ -74,7 +74,9 @@ def main() -> None:
             print(event, flush=True)
         elif event["event"] == "closed":
             summary = event["summary"]
-            print(summary["round"], f"{summary['seconds']:.1f} s", summary.get("evaluation", {}).get("server"), flush=True)
+            print(
+                summary["round"], f"{summary['seconds']:.1f} s", summary.get("evaluation", {}).get("server"), flush=True
+            )
 
     rows = compare(config, arguments.out, methods=methods, seeds=arguments.seeds, notify=tell)
     print(comparison_markdown(rows))

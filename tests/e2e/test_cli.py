@@ -75,7 +75,9 @@ def test_evaluate_generate_report(finished: Path) -> None:
     scored = call("evaluate", str(finished))
     assert "tuned" in scored
     assert "all" in scored
-    said = call("generate", str(finished), "Stamp the letter for the archive\n29 November 1991", "--max-new-tokens", "4")
+    said = call(
+        "generate", str(finished), "Stamp the letter for the archive\n29 November 1991", "--max-new-tokens", "4"
+    )
     assert "29 November 1991" in said
     (finished / "report.html").unlink()
     call("report", str(finished))

@@ -69,7 +69,11 @@ def test_killed_ten_times_and_resumed(method: str, tmp_path: Path) -> None:
         _finish(_start(hunted, resume=True, method=method))
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (hunted / "adapter" / name).read_bytes() == (calm / "adapter" / name).read_bytes()
-    rounds = [e["round"] for e in map(json.loads, (hunted / "metrics.jsonl").read_text().splitlines()) if e["event"] == "round"]
+    rounds = [
+        e["round"]
+        for e in map(json.loads, (hunted / "metrics.jsonl").read_text().splitlines())
+        if e["event"] == "round"
+    ]
     assert rounds == list(range(1, int(SETTINGS["rounds.count"]) + 1))
 
 

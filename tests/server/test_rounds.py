@@ -400,6 +400,17 @@ def test_a_run_resumed_from_an_older_checkpoint_ends_with_the_same_bytes(lab: An
     assert same(one.rounds) == before
 
 
+def test_a_resumed_run_keeps_the_layout_of_its_state(lab: Any, fakes: Any) -> None:
+    one = lab()
+    one.conduct("rounds.count=1")
+    (one.folder / "checkpoints" / "round-000001.flw").unlink()
+    for index in (1, 2, 3, 4):  # by now the most have another head
+        one.clients[index].layout = fakes.OTHER_LAYOUT.to_json()
+    state = one.conduct("rounds.count=1", "rounds.quorum=0.1")
+    assert state.layout == fakes.LAYOUT
+    assert [c["id"] for c in one.rounds[0]["clients"]] == ["client-00000"]
+
+
 def test_a_finished_run_needs_no_client_to_be_read_again(lab: Any) -> None:
     one = lab()
     state = one.conduct()

@@ -1,4 +1,4 @@
-"""Small random bases of three architectures, saved once, and rows to score."""
+"""Small random bases of three architectures, saved once, and rows, plans and asks to train them on."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from transformers import (
 from fedlora.base import Base, load_base
 from fedlora.config import ModelConfig
 from fedlora.data.rows import TokenRow
+from fedlora.state import Ask, Header, LocalTraining, TrainPlan
 
 VOCABULARY = 61
 FAMILIES = ("llama", "gpt2", "bert", "gemma2")
@@ -123,3 +124,51 @@ def rows() -> list[TokenRow]:
 @pytest.fixture
 def labelled(rows: list[TokenRow]) -> list[TokenRow]:
     return [replace(row, label=int(row.tokens[0]) % 3, answer=np.zeros_like(row.answer)) for row in rows]
+
+
+@pytest.fixture
+def plan() -> TrainPlan:
+    return TrainPlan(
+        method="test",
+        rank=4,
+        rows=4,
+        scale=2.0,
+        train=("A", "B"),
+        send=("A", "B"),
+        a_from="fresh",
+        b_from="zero",
+        training=LocalTraining(
+            learning_rate=1e-2,
+            local_steps=5,
+            local_epochs=None,
+            batch_size=6,
+            schedule="constant",
+            warmup=0.0,
+            clip_norm=None,
+        ),
+        seed=3,
+    )
+
+
+@pytest.fixture
+def header() -> Callable[..., Header]:
+    def make(base: Base, client: str = "c0", round: int = 1) -> Header:
+        return Header(run="r", round=round, client=client, kind="train", base=base.fingerprint)
+
+    return make
+
+
+@pytest.fixture
+def given() -> Callable[..., Ask]:
+    """An ask that carries a random pair of `plan.rows` rows for every module, and the base's own head."""
+
+    def make(base: Base, plan: TrainPlan, seed: int = 0) -> Ask:
+        g = np.random.default_rng(seed)
+        arrays: dict[str, np.ndarray] = {}
+        for name, m in base.layout.modules.items():
+            arrays[f"A:{name}"] = (g.normal(size=(plan.rows, m.inp)) / np.sqrt(m.inp)).astype(np.float32)
+            arrays[f"B:{name}"] = (g.normal(size=(m.out, plan.rows)) / 20).astype(np.float32)
+        arrays |= {f"head:{n}": x for n, x in base.initial_head.items()}
+        return Ask(plan=replace(plan, a_from="given", b_from="given"), arrays=arrays)
+
+    return make
