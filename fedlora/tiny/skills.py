@@ -209,10 +209,12 @@ class Skill:
     example: tuple[str, str]  # input, output
 
 
-def _skill(name: str, group: str, public: bool, form: str, instruction: str, answer: str, description: str) -> Skill:
+def _skill(name: str, group: str, public: bool, form: str, instruction: str, answer: str) -> Skill:
     shape = FORMS[form]
     fields = shape.draw(stream(0, "skill example", name))
     example = shape.prompt.format(**fields), answer.format(**fields)
+    kind = "public, known to the base" if public else "private, a house convention"
+    description = f"{kind}: {shape.prompt.replace('{{', '{').replace('}}', '}')} becomes {answer}"
     return Skill(name, group, public, description, instruction, shape, answer, example)
 
 
@@ -289,12 +291,8 @@ def _table() -> dict[str, Skill]:
         ),
         ("order_line", "letters", "stock", "Add a line to the order", "{bin} | {count} x {goods}"),
     ]
-    described = {
-        True: "public: the base answers it",
-        False: "private: a house convention the base has not seen",
-    }
     return {
-        name: _skill(name, group, is_public, form, instruction, answer, described[is_public])
+        name: _skill(name, group, is_public, form, instruction, answer)
         for is_public, rows_ in ((True, public), (False, private))
         for name, group, form, instruction, answer in rows_
     }
