@@ -165,7 +165,7 @@ class MethodConfig(_Section):
 class RoundsConfig(_Section):
     """How many, who takes part, and when a round is good enough."""
 
-    count: Positive = 8
+    count: Positive = 6
     clients: Positive = 10
     sampling: Literal["fraction", "poisson"] = "fraction"
     fraction: Annotated[float, Field(gt=0, le=1)] = Field(
@@ -180,18 +180,20 @@ class RoundsConfig(_Section):
 class TrainingConfig(_Section):
     """Local training; the fields are those of fedlora.state.LocalTraining, plus threads."""
 
-    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
-    local_steps: Positive | None = Field(20, description="optimiser steps a round; this or local_epochs")
+    learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="None: 1e-2 for the embedded base, 2e-4 for any other; three times that for ffa-lora"
+    )
+    local_steps: Positive | None = Field(15, description="optimiser steps a round; this or local_epochs")
     local_epochs: Annotated[float, Field(gt=0)] | None = Field(
         None, description="passes over the client's rows a round; setting it unsets the default of local_steps"
     )
     batch_size: Positive = 16
     accumulation: Positive = 1
-    schedule: Literal["constant", "cosine"] = "cosine"
+    schedule: Literal["constant", "cosine"] = "constant"
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     checkpointing: bool = False
@@ -447,6 +449,18 @@ def with_method(config: RunConfig, name: str) -> RunConfig:
     return load_config(flower={**mine, "method.name": name})
 
 
-def local_training(config: RunConfig) -> LocalTraining:
-    """What every client does in a round, as the value that travels in a TrainPlan."""
-    return LocalTraining(**config.training.model_dump(exclude={"threads"}))
+_OWN_RATE: Final = 1e-2  # of the embedded base: at 1.4 million parameters it bears it
+_USUAL_RATE: Final = 2e-4  # of LoRA on a language model
+_RATE_FACTORS: Final[Mapping[str, float]] = {"ffa-lora": 3.0}  # B alone moves, on a random basis
+
+
+def local_training(config: RunConfig, *, method: str | None = None) -> LocalTraining:
+    """What every client does in a round, as the value that travels in a TrainPlan.
+
+    A learning rate that is not set is resolved here, for `method` (default: the run's own; other names: plain LoRA).
+    """
+    fields = config.training.model_dump(exclude={"threads"})
+    if fields["learning_rate"] is None:
+        usual = _OWN_RATE if config.model.name == "tiny" else _USUAL_RATE
+        fields["learning_rate"] = usual * _RATE_FACTORS.get(method or config.method.name, 1.0)
+    return LocalTraining(**fields)

@@ -136,11 +136,11 @@ class LocalTraining:
     local_epochs: float | None  # passes over the client's rows
     batch_size: int  # rows per micro-batch
     accumulation: int = 1  # micro-batches per optimiser step
-    schedule: Literal["constant", "cosine"] = "cosine"  # over the whole run
+    schedule: Literal["constant", "cosine"] = "constant"  # over the whole run
     warmup: float = 0.03  # fraction of the whole run
     weight_decay: float = 0.0
     beta1: float = 0.9
-    beta2: float = 0.999
+    beta2: float = 0.99
     epsilon: float = 1e-8
     clip_norm: float | None = 1.0  # L2 over the client's whole gradient
     checkpointing: bool = False  # recompute activations in the backward pass

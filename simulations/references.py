@@ -102,7 +102,7 @@ def centralised(config: RunConfig, rows: Sequence[TokenRow]) -> Reference:
 
 
 def _times(config: RunConfig, factor: int) -> LocalTraining:
-    training = local_training(config)
+    training = local_training(config, method="plain LoRA")
     if training.local_steps is not None:
         return replace(training, local_steps=training.local_steps * factor)
     assert training.local_epochs is not None

@@ -161,9 +161,9 @@ def test_data_of_your_own_is_dealt_evenly_unless_said_otherwise() -> None:
         ),
         (["learning_rate=1"], r"learning_rate: no such setting; the nearest is training\.learning_rate"),
         (["trainin.threads=1"], r"the nearest is training\.threads"),
-        (["training.learning_rate=0"], r"training\.learning_rate: must be a number > 0, got '0'"),
-        (["training.learning_rate=inf"], r"training\.learning_rate: must be a number > 0, got 'inf'"),
-        (["training.learning_rate=fast"], r"must be a number > 0, got 'fast'"),
+        (["training.learning_rate=0"], r"training\.learning_rate: must be a number > 0 or none, got '0'"),
+        (["training.learning_rate=inf"], r"training\.learning_rate: must be a number > 0 or none, got 'inf'"),
+        (["training.learning_rate=fast"], r"must be a number > 0 or none, got 'fast'"),
         (["data.holdout=1"], r"data\.holdout: must be a number >= 0 and < 1, got '1'"),
         (["lora.ranks=8,0"], r"lora\.ranks: must be a list, each a whole number >= 1, got '8,0'"),
         (["lora.ranks=none"], r"lora\.ranks: must be a list"),
@@ -275,7 +275,7 @@ def test_differences_and_digest_see_the_same_changes() -> None:
     assert differences(old, new) == [
         "lora.ranks: 16,16,8,8,8,8,4,4,4,4 -> 8,4",
         "lora.alpha: none -> 16.0",
-        "training.learning_rate: 0.003 -> 0.01",
+        "training.learning_rate: none -> 0.01",
     ]
     assert differences(old, RunConfig()) == []
     assert digest(old) == digest(RunConfig()) != digest(new)
@@ -299,7 +299,10 @@ def test_training_settings_are_the_fields_of_local_training_and_threads() -> Non
     defaults = {f.name: f.default for f in dataclasses.fields(LocalTraining) if f.default is not dataclasses.MISSING}
     plan = local_training(RunConfig())
     assert {name: getattr(plan, name) for name in defaults} == defaults
-    assert (plan.learning_rate, plan.local_steps, plan.local_epochs, plan.batch_size) == (3e-3, 20, None, 16)
+    assert local_training(with_method(RunConfig(), "ffa-lora")).learning_rate == pytest.approx(3e-2)
+    assert local_training(load_config(overrides=["model.name=other/model"])).learning_rate == 2e-4
+    assert local_training(load_config(overrides=["training.learning_rate=1"]), method="ffa-lora").learning_rate == 1
+    assert (plan.learning_rate, plan.local_steps, plan.local_epochs, plan.batch_size) == (1e-2, 15, None, 16)
 
 
 @pytest.mark.filterwarnings("ignore:.*Click 9:DeprecationWarning")

@@ -25,30 +25,59 @@ class Batch:
     labels: NDArray[np.int64] | None
 
 
-def batches(
-    rows: Sequence[TokenRow], *, batch_size: int, rng: np.random.Generator, pad_id: int, window: int = 8
-) -> Iterator[Batch]:
-    """Endless training batches; every epoch is a new shuffle in which each row appears exactly once.
+def steps(
+    rows: Sequence[TokenRow],
+    *,
+    step_rows: int,
+    batch_size: int,
+    overhead: int,
+    rng: np.random.Generator,
+    pad_id: int,
+) -> Iterator[list[Batch]]:
+    """The rows of one optimiser step after another, endlessly, each as batches of like length.
 
-    Rows of like length go together: an epoch's shuffle is cut into windows of `window` batches, rows are sorted by
-    length inside a window, and the order of all the epoch's batches is shuffled. (Larger windows pad less and mix
-    less.) Every batch is full: what an epoch leaves over is completed with rows of the next epoch, both chosen near
-    each other in length. So the stream of rows, cut every `len(rows)` rows, is a permutation each time. With fewer rows
-    than `batch_size` each batch is all rows once.
+    A step is `step_rows` rows at random (all rows, if there are fewer): the stream of rows, cut every `len(rows)` rows,
+    is a permutation each time. Only *inside* a step are rows sorted by length and cut into batches of at most
+    `batch_size` rows, so as to pad least, where one batch more costs as much as `overhead` tokens. Sorting over several
+    steps would pad a little less and make each step one-sided: length tells tasks apart.
 
-    Cost: O(n log n) an epoch; nothing is copied but the batch. Raises: DataError if there are no rows, if
-    `batch_size` or `window` is below 1, or if only some rows have labels.
+    Cost: O(step_rows * batch_size) a step. Raises: DataError if there are no rows, if a size is below 1, or if only
+    some rows have labels.
     """
-    lengths, size = _check(rows, batch_size), min(batch_size, len(rows))
-    if window < 1:
-        raise DataError(f"batches: window must be at least 1, got {window}")
-    return (pad([rows[i] for i in chosen], pad_id) for chosen in _endless(lengths, size, window, rng))
+    lengths = _check(rows, batch_size)
+    if step_rows < 1 or overhead < 0:
+        raise DataError(f"steps: step_rows must be at least 1 and overhead 0, got {step_rows} and {overhead}")
+    return (
+        [pad([rows[i] for i in chosen], pad_id) for chosen in alike(drawn, lengths, batch_size, overhead)]
+        for drawn in _endless(len(rows), min(step_rows, len(rows)), rng)
+    )
+
+
+def alike(chosen: Indices, lengths: Indices, batch_size: int, overhead: int) -> list[Indices]:
+    """`chosen`, longest first, cut where the padded tokens plus `overhead` for each batch are fewest.
+
+    Cuts of a sorted sequence by dynamic programming: `cost[i] = min over j of cost[j] + length[j] (i - j) + overhead`.
+    """
+    order = chosen[np.argsort(-lengths[chosen], kind="stable")]
+    longest = lengths[order]
+    cost, cut = np.zeros(len(order) + 1), np.zeros(len(order) + 1, np.int64)
+    for i in range(1, len(order) + 1):
+        first = max(0, i - batch_size)
+        tries = cost[first:i] + longest[first:i] * (i - np.arange(first, i)) + overhead
+        best = int(np.argmin(tries))
+        cost[i], cut[i] = tries[best], first + best
+    batches: list[Indices] = []
+    end = len(order)
+    while end:
+        batches.append(order[cut[end] : end])
+        end = int(cut[end])
+    return batches[::-1]
 
 
 def in_order(rows: Sequence[TokenRow], *, batch_size: int, pad_id: int) -> Iterator[tuple[Batch, Indices]]:
     """Each row once, longest first, for evaluation: pairs of a batch and the indices `[rows]` of its rows in `rows`.
 
-    The last batch may be smaller. No rows give no batches. Raises: DataError as `batches`.
+    The last batch may be smaller. No rows give no batches. Raises: DataError as `steps`.
     """
     if not len(rows):
         return iter(())
@@ -84,26 +113,11 @@ def _check(rows: Sequence[TokenRow], batch_size: int) -> Indices:
     return np.array([len(row.tokens) for row in rows], np.int64)
 
 
-def _endless(lengths: Indices, size: int, window: int, rng: np.random.Generator) -> Iterator[Indices]:
-    """Indices of one batch after another. `size` is at most the number of rows."""
-    left = np.empty(0, np.int64)
+def _endless(count: int, size: int, rng: np.random.Generator) -> Iterator[Indices]:
+    """Indices below `count`, `size` at a time, through one shuffle after another."""
+    waiting = np.empty(0, np.int64)
     while True:
-        order = rng.permutation(len(lengths))
-        if len(left):
-            near, order = _nearest(order, lengths, int(lengths[left[0]]), size - len(left))
-            yield np.concatenate([left, near])
-        left = order[:0]
-        if over := len(order) % size:
-            left, order = _nearest(order, lengths, int(lengths[order[-1]]), over)
-        full: list[Indices] = []
-        for start in range(0, len(order), window * size):
-            part = order[start : start + window * size]
-            full.extend(part[np.argsort(lengths[part], kind="stable")].reshape(-1, size))
-        for i in rng.permutation(len(full)):
-            yield full[i]
-
-
-def _nearest(order: Indices, lengths: Indices, length: int, count: int) -> tuple[Indices, Indices]:
-    """The `count` rows nearest to a length (ties as they come), and the others in their order."""
-    by_distance = np.argsort(np.abs(lengths[order] - length), kind="stable")
-    return order[by_distance[:count]], np.delete(order, by_distance[:count])
+        while len(waiting) < size:
+            waiting = np.concatenate([waiting, rng.permutation(count)])
+        yield waiting[:size]
+        waiting = waiting[size:]

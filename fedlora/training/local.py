@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedlora.adapter import Factors
 from fedlora.base import Base
-from fedlora.data.batches import Batch, batches
+from fedlora.data.batches import Batch, steps
 from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, TrainingError
 from fedlora.rng import stream
@@ -33,6 +32,7 @@ from fedlora.training.start import check_plan, start
 __all__ = ["train_client"]
 
 Float = NDArray[np.float32]
+OVERHEAD_CPU, OVERHEAD = 32, 512  # tokens that one more batch of a step costs: dispatch on a CPU, launches on a GPU
 Moments = dict[str, NDArray[np.floating]]  # of AdamW, between the rounds of one client
 
 
@@ -203,27 +203,31 @@ def _run(
     who: str,
 ) -> _Progress:
     t = plan.training
-    steps = _steps(plan, len(rows))
+    total_steps = _steps(plan, len(rows))
     fused = base.device.type in ("cpu", "cuda")
     adam = torch.optim.AdamW(
         [trained.flat], lr=0.0, betas=(t.beta1, t.beta2), eps=t.epsilon, weight_decay=t.weight_decay, fused=fused
     )
     if t.optimizer_state == "keep":
         _restore(adam, trained, moments, who)
-    order = batches(
-        rows, batch_size=t.batch_size, rng=stream(plan.seed, "batches", header.client, header.round), pad_id=base.pad_id
+    order = steps(
+        rows,
+        step_rows=t.batch_size * t.accumulation,
+        batch_size=t.batch_size,
+        overhead=OVERHEAD_CPU if base.device.type == "cpu" else OVERHEAD,
+        rng=stream(plan.seed, "batches", header.client, header.round),
+        pad_id=base.pad_id,
     )
     progress = _Progress()
-    for i, rate in enumerate(rates(t, plan.progress, steps)):
-        micro = list(islice(order, t.accumulation))
+    for i, (rate, micro) in enumerate(zip(rates(t, plan.progress, total_steps), order, strict=False)):
         adam.param_groups[0]["lr"] = rate
         begin = time.perf_counter()
         loss, count, norm = _step(base, t.autocast, t.clip_norm, micro, trained.flat, adam.step)
         progress.step_seconds += time.perf_counter() - begin
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
-                f"{who}, step {i + 1} of {steps}: the loss is {loss} and its gradient's norm {norm}; nothing is sent. "
-                f"Lower training.learning_rate (now {t.learning_rate:g}), set clip_norm, or use a wider model.dtype"
+                f"{who}, step {i + 1} of {total_steps}: the loss is {loss} and its gradient's norm {norm}; nothing is "
+                f"sent. Lower training.learning_rate (now {t.learning_rate:g}), set clip_norm or a wider dtype"
             )
         progress.losses.append((loss, count))
         progress.norms.append(norm)

@@ -14,7 +14,8 @@ def factor(position: float, training: LocalTraining) -> float:
     """The share of `learning_rate` at `position` (0 to 1) of the run: linear warm-up, then constant or cosine to 0.
 
     >>> from fedlora.state import LocalTraining
-    >>> t = LocalTraining(learning_rate=1.0, local_steps=1, local_epochs=None, batch_size=1, warmup=0.5)
+    >>> work = {"learning_rate": 1.0, "local_steps": 1, "local_epochs": None, "batch_size": 1}
+    >>> t = LocalTraining(**work, schedule="cosine", warmup=0.5)
     >>> [round(factor(p, t), 3) for p in (0.0, 0.25, 0.5, 0.75, 1.0)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """

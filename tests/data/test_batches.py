@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data.batches import Batch, batches, in_order
+from fedlora.data.batches import Batch, alike, in_order, steps
 from fedlora.data.rows import TokenRow
 from fedlora.errors import DataError
 
@@ -26,33 +26,46 @@ def drawn(found: list[Batch]) -> list[int]:
     return [int(row[0]) for batch in found for row in batch.tokens]
 
 
+def endless(rows: list[TokenRow], *, step_rows: int, batch_size: int = 8, overhead: int = 10, seed: int = 0):
+    rng = np.random.default_rng(seed)
+    return steps(rows, step_rows=step_rows, batch_size=batch_size, overhead=overhead, rng=rng, pad_id=PAD)
+
+
 cases = given(
     lengths=st.lists(st.integers(1, 30), min_size=1, max_size=60),
+    step_rows=st.integers(1, 17),
     batch_size=st.integers(1, 17),
-    window=st.integers(1, 4),
+    overhead=st.integers(0, 60),
     seed=st.integers(0, 2**32 - 1),
 )
 
 
 @cases
 @settings(deadline=None, max_examples=50)
-def test_every_epoch_is_a_permutation_and_every_batch_is_full(lengths, batch_size, window, seed):
-    rows, n, epochs = make(lengths), len(lengths), 4
-    size = min(batch_size, n)
-    endless = batches(rows, batch_size=batch_size, rng=np.random.default_rng(seed), pad_id=PAD, window=window)
-    found = list(islice(endless, -(-epochs * n // size)))
-    assert {len(batch.tokens) for batch in found} == {size}
-    stream = drawn(found)
-    for epoch in range(epochs):
-        assert sorted(stream[epoch * n : (epoch + 1) * n]) == list(range(n))
+def test_every_epoch_is_a_permutation_and_every_step_is_full(lengths, step_rows, batch_size, overhead, seed):
+    n, epochs = len(lengths), 4
+    size = min(step_rows, n)
+    found = list(
+        islice(
+            endless(make(lengths), step_rows=step_rows, batch_size=batch_size, overhead=overhead, seed=seed),
+            -(-epochs * n // size),
+        )
+    )
+    assert {sum(len(batch.tokens) for batch in step) for step in found} == {size}
+    assert all(len(batch.tokens) <= batch_size for step in found for batch in step)
+    stream = [i for step in found for i in drawn(step)]
+    whole = len(stream) // size * size
+    for epoch in range(epochs):  # a step may hold rows of two epochs, sorted together, so count over whole steps
+        end = min((epoch + 1) * n // size * size, whole)
+        assert max(np.bincount(stream[:end], minlength=n)) - min(np.bincount(stream[:end], minlength=n)) <= 1
 
 
 @cases
 @settings(deadline=None, max_examples=30)
-def test_a_batch_is_its_rows_and_padding_to_the_longest(lengths, batch_size, window, seed):
+def test_a_batch_is_its_rows_and_padding_to_the_longest(lengths, step_rows, batch_size, overhead, seed):
     rows = make(lengths, labels=True)
-    endless = batches(rows, batch_size=batch_size, rng=np.random.default_rng(seed), pad_id=PAD, window=window)
-    for batch in islice(endless, 5):
+    found = endless(rows, step_rows=step_rows, batch_size=batch_size, overhead=overhead, seed=seed)
+    for batch in (batch for step in islice(found, 5) for batch in step):
         assert batch.tokens.dtype == batch.attention.dtype == np.int64
         assert batch.answer.dtype == np.bool_
         members = [rows[int(row[0])] for row in batch.tokens]
@@ -68,11 +81,34 @@ def test_a_batch_is_its_rows_and_padding_to_the_longest(lengths, batch_size, win
             assert batch.attention[i].tolist() == [1] * n + [0] * (batch.tokens.shape[1] - n)
 
 
+@given(
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=8),
+    batch_size=st.integers(1, 8),
+    overhead=st.integers(0, 40),
+)
+@settings(deadline=None, max_examples=50)
+def test_the_cuts_are_the_cheapest_of_all(lengths, batch_size, overhead):
+    def price(groups: list[list[int]]) -> int:
+        return sum(max(lengths[i] for i in g) * len(g) + overhead for g in groups)
+
+    n = len(lengths)
+    order = sorted(range(n), key=lambda i: -lengths[i])
+    tried = []
+    for mask in range(2 ** (n - 1)):  # oracle: every way to cut the sorted rows
+        ends = [i + 1 for i in range(n - 1) if mask >> i & 1] + [n]
+        groups = [order[a:b] for a, b in zip([0, *ends], ends, strict=False)]
+        if max(map(len, groups)) <= batch_size:
+            tried.append(price(groups))
+    found = alike(np.arange(n), np.array(lengths), batch_size, overhead)
+    assert sorted(int(i) for g in found for i in g) == list(range(n))
+    assert price([list(map(int, g)) for g in found]) == min(tried)
+
+
 def test_the_seed_decides_and_epochs_differ():
     rows = make([3] * 40)
 
     def first(seed: int, count: int) -> list[int]:
-        return drawn(list(islice(batches(rows, batch_size=8, rng=np.random.default_rng(seed), pad_id=PAD), count)))
+        return [i for step in islice(endless(rows, step_rows=8, seed=seed), count) for i in drawn(step)]
 
     assert first(1, 10) == first(1, 10)
     assert first(1, 10) != first(2, 10)
@@ -80,22 +116,14 @@ def test_the_seed_decides_and_epochs_differ():
     assert two_epochs[:40] != two_epochs[40:]
 
 
-def test_rows_of_like_length_go_together():
-    lengths = np.random.default_rng(0).integers(5, 200, 640).tolist()
-    rows = make(lengths)
-
-    def padding(window: int) -> float:
-        endless = batches(rows, batch_size=16, rng=np.random.default_rng(0), pad_id=PAD, window=window)
-        found = list(islice(endless, 40))
-        return 1 - sum(int(b.attention.sum()) for b in found) / sum(b.tokens.size for b in found)
-
-    assert padding(8) < 0.15 < 0.4 < padding(1)
-
-
-def test_what_an_epoch_leaves_over_is_completed_with_rows_of_like_length():
-    rows = make([10] * 20 + [100] * 20)  # 40 rows in batches of 16: 8 are left over
-    found = list(islice(batches(rows, batch_size=16, rng=np.random.default_rng(3), pad_id=PAD), 3))
-    assert len({len(rows[i].tokens) for i in drawn(found[2:])}) == 1
+def test_a_step_is_mixed_and_its_batches_are_of_like_length():
+    lengths = [10] * 320 + [100] * 320
+    found = list(islice(endless(make(lengths), step_rows=32, batch_size=32), 20))
+    for step in found:
+        short = sum(lengths[i] == 10 for i in drawn(step))
+        assert 2 <= short <= 30  # not one length a step
+        assert all(len({lengths[i] for i in drawn([batch])}) == 1 for batch in step)
+        assert all(batch.attention.all() for batch in step)
 
 
 @given(lengths=st.lists(st.integers(1, 30), max_size=40), batch_size=st.integers(1, 9))
@@ -110,13 +138,12 @@ def test_in_order_gives_each_row_once_longest_first(lengths, batch_size):
 
 
 def test_refusals():
-    rng = np.random.default_rng(0)
     with pytest.raises(DataError, match="there are no rows; does this client hold any"):
-        batches([], batch_size=4, rng=rng, pad_id=0)
+        endless([], step_rows=4)
     with pytest.raises(DataError, match="batch_size must be at least 1, got 0"):
-        batches(make([3]), batch_size=0, rng=rng, pad_id=0)
-    with pytest.raises(DataError, match="window must be at least 1, got 0"):
-        batches(make([3]), batch_size=1, rng=rng, pad_id=0, window=0)
+        endless(make([3]), step_rows=1, batch_size=0)
+    with pytest.raises(DataError, match="step_rows must be at least 1 and overhead 0, got 0 and 10"):
+        endless(make([3]), step_rows=0)
     with pytest.raises(DataError, match="1 of 2 rows have labels"):
         in_order([*make([3]), *make([3], labels=True)], batch_size=2, pad_id=0)
     with pytest.raises(DataError, match=r"one shape \[length >= 1\], got \(0,\) and \(0,\)"):
