@@ -25,7 +25,7 @@ from fedlora.data.prompt import prompt_format
 from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, FedLoRAError, WireError
 from fedlora.evaluation.score import score
-from fedlora.state import Answer, Ask, Header, part
+from fedlora.state import Answer, Ask, Header, keyed, part
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
 from fedlora.wire import blocks_id, decode_ask, encode_answer
@@ -86,7 +86,7 @@ def respond(config: RunConfig, header: Header, ask: Ask, data: bytes, context: C
             "base": base.fingerprint,
             "layout": base.layout.to_json(),
         }
-        return encode_answer(header, Answer(info=info))
+        return encode_answer(header, Answer(info=info, arrays=keyed("head", base.initial_head)))
     if header.client != client:
         raise FedLoRAError(f"this is {client}, but the ask is for {header.client}: the node ids were mixed up")
     if header.base != base.fingerprint:

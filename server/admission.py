@@ -24,12 +24,12 @@ def plain(text: object, limit: int) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)[:limit])
 
 
-def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]], max_bytes: int) -> Answer:
+def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]] | None, max_bytes: int) -> Answer:
     """Decode one answer to `asked`, or refuse it; cheap tests come first, nothing is allocated before the size test.
 
     Order: size, well-formed header, the header that was asked, field by field; an error that the client reports; exact
-    keys and shapes (from the table); finite and sane values; row count (1 to 10^9 where it trained); sane measures, and
-    in an evaluation the sums that `fedlora.evaluation.score` returns.
+    keys and shapes (from the table; None leaves them to the caller); finite and sane values; row count (1 to 10^9 where
+    it trained); sane measures, and in an evaluation the sums that `fedlora.evaluation.score` returns.
     Raises: AnswerRejected with the client, the rule and what came.
     """
 

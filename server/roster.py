@@ -13,12 +13,13 @@ from typing import Any, Literal
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
+from fedlora.adapter import Array
 from fedlora.code import code_digest
 from fedlora.config import RunConfig
 from fedlora.errors import AdapterError, AnswerRejected, RoundFailed, WireError
 from fedlora.frame import from_json
 from fedlora.rng import stream
-from fedlora.state import Ask, Header, Layout
+from fedlora.state import Answer, Ask, Header, Layout, part
 from fedlora.wire import encode_ask
 from server.admission import admit, plain
 from server.exchange import Asked, Failure, exchange
@@ -52,6 +53,7 @@ class Hello:
     base: str
     layout: Layout
     digest: str  # of the layout
+    head: Mapping[str, Array]  # the base's own, as it was loaded; empty if the layout has none
 
 
 class Roster:
@@ -64,6 +66,7 @@ class Roster:
         self._seen: set[int] = set()
         self.base = base or config.model.fingerprint
         self.layout = layout
+        self.head: Mapping[str, Array] = {}  # what a new run's head starts from: that of the first client by id
         self.clients: dict[str, Enrolled] = {}
 
     def wait(self, notify: Callable[[dict[str, Any]], None], *, resumed: bool) -> None:
@@ -104,6 +107,9 @@ class Roster:
             if refusal is not None:
                 refused.append(refusal)
         self.clients = dict(sorted(self.clients.items()))
+        if not self.head and self.clients:
+            first = next(iter(self.clients.values())).node
+            self.head = hellos[first].head if first in hellos else {}
         return refused
 
     def _ask(self, nodes: list[int], hellos: dict[int, Hello]) -> list[Refusal]:
@@ -129,8 +135,8 @@ class Roster:
                 continue
             self._seen.add(node)
             try:
-                answer = admit(data, headers[name], expected={}, max_bytes=self._config.wire.max_bytes)
-                hello = _hello(answer.info)
+                answer = admit(data, headers[name], expected=None, max_bytes=self._config.wire.max_bytes)
+                hello = _hello(answer)
                 hellos[node] = replace(hello, layout=layouts.setdefault(hello.digest, hello.layout))
             except AnswerRejected as error:
                 refused.append(Refusal(name, error.rule, error.detail))
@@ -190,8 +196,9 @@ class Roster:
         return self.base, self.layout
 
 
-def _hello(info: Mapping[str, Any]) -> Hello:
+def _hello(answer: Answer) -> Hello:
     """Raises: WireError naming the field that is wrong."""
+    info = answer.info
     layout = from_json(Mapping[str, Any], info.get("layout"), "layout")
     modules = from_json(
         Mapping[str, tuple[int, int, Literal["linear", "conv1d", "embedding"]]], layout.get("modules"), "modules"
@@ -204,12 +211,18 @@ def _hello(info: Mapping[str, Any]) -> Hello:
     if not (0 < len(name) <= 200 and name.isprintable()):
         raise WireError(f"id must be 1 to 200 printable characters, got {name!r:.80}")
     parsed = Layout.from_json({"modules": modules, "head": head})
+    own = part(answer.arrays, "head")
+    if answer.arrays and {n: x.shape for n, x in own.items()} != dict(parsed.head):
+        raise WireError(
+            f"its arrays {sorted(answer.arrays)[:4]} do not fit its layout's head {sorted(parsed.head)[:4]}"
+        )
     return Hello(
         id=name,
         rank=from_json(int, info.get("rank"), "rank"),
         base=plain(from_json(str, info.get("base"), "base"), 200),
         layout=parsed,
         digest=parsed.digest,
+        head=own,
     )
 
 

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
@@ -90,6 +91,9 @@ class Conductor:
         base, layout = roster.require_members()
         if resumed is None:
             done, state = 0, self._method.open(base, layout, roster.members(), self._config.method, self._config.seed)
+            if roster.head:  # where the clients' base brings a head, that is what all start from
+                task = replace(state.open_task, extras={n: np.array(x) for n, x in roster.head.items()})
+                state = replace(state, tasks={**state.tasks, task.name: task})
             checkpoint.save(self._checkpoints, 0, state)
         else:
             done, state = resumed

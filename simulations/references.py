@@ -22,7 +22,6 @@ from fedlora.training.attach import attach
 from fedlora.training.local import train_client
 from fedlora.wire import blocks_id
 from server.rounds import summary
-from strategies.base import opened
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def scored_rows(config: RunConfig, test: Sequence[TokenRow]) -> list[TokenRow]:
 def bare_base(config: RunConfig, rows: Sequence[TokenRow]) -> Reference:
     """The frozen base as it is, with the head that every client starts from."""
     base = resident_base(config.model)
-    return _reference("bare base", _scored(base, None, _head(base, config), rows, config))
+    return _reference("bare base", _scored(base, None, base.initial_head, rows, config))
 
 
 def local_only(config: RunConfig, rows: Sequence[TokenRow]) -> Reference:
@@ -109,10 +108,6 @@ def _times(config: RunConfig, factor: int) -> LocalTraining:
     return replace(training, local_epochs=training.local_epochs * factor)
 
 
-def _head(base: Base, config: RunConfig) -> dict[str, Array]:
-    return dict(opened(base.fingerprint, base.layout, config.seed).open_task.extras)
-
-
 def _train(
     base: Base, config: RunConfig, name: str, rows: Sequence[TokenRow], rank: int, training: LocalTraining
 ) -> tuple[Adapter, dict[str, Array], float]:
@@ -132,7 +127,7 @@ def _train(
     )
     header = Header(run="reference", round=1, client=name, kind="train", base=base.fingerprint)
     answer = train_client(
-        base, header, Ask(plan=plan, arrays=keyed("head", _head(base, config))), rows, threads=threads(config)
+        base, header, Ask(plan=plan, arrays=keyed("head", base.initial_head)), rows, threads=threads(config)
     )
     a, b = part(answer.arrays, "A"), part(answer.arrays, "B")
     adapter = Adapter({n: Factors(a[n], b[n], plan.scale).folded() for n in a})

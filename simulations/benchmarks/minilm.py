@@ -20,7 +20,7 @@ from fedlora.report.compare import comparison_markdown
 from simulations.compare import compare
 
 # FFA-LoRA moves half of the factors, from a random basis: it wants a larger step than the others
-RATES = {"fedit": 1e-3, "flora": 1e-3, "ffa-lora": 3e-3}
+RATES = {"fedit": 2e-3, "flora": 2e-3, "ffa-lora": 6e-3}
 
 
 def settings(task: str, data: Path, **more: object) -> RunConfig:
@@ -43,7 +43,7 @@ def settings(task: str, data: Path, **more: object) -> RunConfig:
         "data.partition.key": "label",
         "data.holdout": 0.0,
         "rounds.clients": 8,
-        "rounds.count": 6,
+        "rounds.count": 4,
         "lora.ranks": "16,8,8,4,4,2,2,2",
         "training.local_epochs": 1.0,
         "training.batch_size": 16,
@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the runs and the table")
     parser.add_argument("--task", default="agnews")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--methods", default="fedit,ffa-lora,flora")
     arguments = parser.parse_args()
     data = os.environ.get("FEDLORA_REAL_DATA")

@@ -35,7 +35,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Header]:
         seen.append(header)
         return Answer(examples=3, metrics={"seconds": float(len(seen))})
 
-    monkeypatch.setattr(client, "resident_base", lambda model: SimpleNamespace(fingerprint=BASE, layout=LAYOUT))
+    monkeypatch.setattr(
+        client, "resident_base", lambda model: SimpleNamespace(fingerprint=BASE, layout=LAYOUT, initial_head={})
+    )
     monkeypatch.setattr(client, "encoded", lambda config, index: ([], []))
     monkeypatch.setattr(client, "train_client", train)
     monkeypatch.setattr(client, "attach", lambda *args: None)

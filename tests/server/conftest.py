@@ -75,6 +75,7 @@ class Client:
     id: str = ""
     base: str = BASE
     layout: Any = field(default_factory=LAYOUT.to_json)
+    head: dict[str, np.ndarray] = field(default_factory=dict)  # its base's own
     hello: Twist | None = None
     train: Twist | None = None
     evaluate: Twist | None = None
@@ -89,7 +90,8 @@ class Client:
 
     def honest(self, header: Header, ask: Ask) -> Answer:
         if header.kind == "hello":
-            return Answer(info={"id": self.id, "rank": self.rank, "base": self.base, "layout": self.layout})
+            info = {"id": self.id, "rank": self.rank, "base": self.base, "layout": self.layout}
+            return Answer(info=info, arrays={f"head:{n}": x for n, x in self.head.items()})
         if header.kind == "evaluate":
             sums = {"correct": 3.0, "counted": 4.0, "loss": 2.0, "tokens": 8.0}
             return Answer(examples=4, metrics=sums | {"correct/dates": 3.0, "counted/dates": 4.0})

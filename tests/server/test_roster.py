@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fedlora.code import code_digest
 from fedlora.config import load_config
 from fedlora.errors import AdapterError, RoundFailed
+from fedlora.wire import decode_state
 from server.roster import Roster, sample
 from strategies.base import Member
 
@@ -58,6 +60,11 @@ CASES: dict[str, tuple[Callable[[Any, Any], Any], str, str]] = {
     "size 0": (with_layout(modules={"q": [4, 0, "linear"]}), "node 1002 hello", "smallest size 0"),
     "unknown kind": (with_layout(modules={"q": [4, 4, "magic"]}), "node 1002 hello", "modules.q must be"),
     "no layout": (lambda c, f: setattr(c, "layout", None), "node 1002 hello", "layout must be"),
+    "a head of another shape": (
+        lambda c, f: setattr(c, "head", {n: np.zeros((1, *s), np.float32) for n, s in f.LAYOUT.head.items()}),
+        "node 1002 hello",
+        "do not fit its layout's head",
+    ),
     "raises": (lambda c, f: setattr(c, "hello", f.failing), "node 1002 client failed", "the disk is on fire"),
     "other code": (lambda c, f: setattr(c, "hello", f.headed(code="0" * 64)), "node 1002 other code", "code is '0000"),
     "not ours": (lambda c, f: setattr(c, "hello", f.not_ours), "node 1002 malformed", "expected one array"),
@@ -101,6 +108,20 @@ def test_the_run_decides_base_and_layout_where_it_has_them(lab: Any, fakes: Any)
 def _refreshed(roster: Roster) -> Roster:
     roster.refresh()
     return roster
+
+
+def test_a_run_starts_from_the_head_that_the_base_brings(lab: Any, fakes: Any) -> None:
+    one = lab()
+    heads = {i: {n: np.full(s, i, np.float32) for n, s in fakes.LAYOUT.head.items()} for i in (1, 3)}
+    for i, client in one.clients.items():
+        client.head = heads.get(i, heads[1])
+        client.id = f"client-{9 - i}"  # the first by id is the last by node
+    roster = _refreshed(roster_of(one))
+    assert {n: x.flat[0] for n, x in roster.head.items()} == {"score.bias": 1.0, "score.weight": 1.0}
+    one.conduct("rounds.count=1")
+    opening = decode_state((one.folder / "checkpoints" / "round-000000.flw").read_bytes()[32:])
+    assert opening.open_task.extras.keys() == fakes.LAYOUT.head.keys()
+    assert all((x == 1.0).all() for x in opening.open_task.extras.values())
 
 
 @pytest.mark.parametrize("what", ["base", "layout"])
