@@ -132,7 +132,7 @@ def compare(
     folder = out or _next_folder("compare")
     with _Display(config.rounds.count) as display:
         rows = run_comparison(config, folder, methods=each, seeds=seeds, notify=display.hear)
-    console.print(comparison_markdown(rows), markup=False)
+    console.print(comparison_markdown(rows), markup=False, soft_wrap=True)
     console.print(f"Saved in {folder}: comparison.md, comparison.json, comparison.html, and every run's folder.")
 
 
@@ -308,8 +308,12 @@ def _print_result(result: Any) -> None:
             style="bold",
         )
     console.print(table)
-    console.print(f"adapter: {result.folder / 'adapter'}\nreport:  {result.folder / 'report.html'}", markup=False)
-    console.print(f"try:     fedlora generate {result.folder}", markup=False)
+    for line in (
+        f"adapter: {result.folder / 'adapter'}",
+        f"report:  {result.folder / 'report.html'}",
+        f"try:     fedlora generate {result.folder}",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 class _Display:
@@ -383,7 +387,7 @@ class _Display:
         return "  ".join(parts)
 
     def _say(self, line: str) -> None:
-        self._bar.console.print(line, markup=False)
+        self._bar.console.print(line, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

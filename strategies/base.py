@@ -106,6 +106,20 @@ class Method:
     released: Callable[[GlobalState], Adapter] = GlobalState.update
 
 
+def play(protocol: Round, answer: Callable[[str, Ask], Answer]) -> Closed:
+    """One round in one process, without Flower: `answer(client, ask)` is what each client says.
+
+    Raises: MethodError as the protocol does.
+    """
+    asks = next(protocol)
+    while True:
+        try:
+            asks = protocol.send({client: answer(client, ask) for client, ask in sorted(asks.items())})
+        except StopIteration as closed:
+            end: Closed = closed.value
+            return end
+
+
 METHODS: dict[str, Method] = {}
 
 
@@ -306,6 +320,7 @@ __all__ = [
     "pair_of",
     "part",
     "plan_for",
+    "play",
     "register",
     "relative",
 ]
