@@ -81,7 +81,6 @@ def test_the_commands_of_the_readme(tmp_path: Path) -> None:
     assert commands
     for words in commands:
         if words[1] in ("simulate", "compare"):
-            words = [w if not w.startswith("--seeds") else w for w in words]
             words += [w for setting in QUICK[:1] + QUICK[2:] for w in ("--set", setting)]
             if "--model" in words:
                 words[words.index("--model") + 1] = "tiny"
