@@ -449,18 +449,20 @@ def with_method(config: RunConfig, name: str) -> RunConfig:
     return load_config(flower={**mine, "method.name": name})
 
 
-_OWN_RATE: Final = 1e-2  # of the embedded base: at 1.4 million parameters it bears it
 _USUAL_RATE: Final = 2e-4  # of LoRA on a language model
+_TINY_RATES: Final[Mapping[str, float]] = {"": 1e-2, "plain LoRA": 4e-3}  # short rounds bear more than one long run
 _RATE_FACTORS: Final[Mapping[str, float]] = {"ffa-lora": 3.0}  # B alone moves, on a random basis
 
 
 def local_training(config: RunConfig, *, method: str | None = None) -> LocalTraining:
     """What every client does in a round, as the value that travels in a TrainPlan.
 
-    A learning rate that is not set is resolved here, for `method` (default: the run's own; other names: plain LoRA).
+    A learning rate that is not set is resolved here, for the run's method, or for `method`: another one, or "plain
+    LoRA", one long run without a federation.
     """
     fields = config.training.model_dump(exclude={"threads"})
     if fields["learning_rate"] is None:
-        usual = _OWN_RATE if config.model.name == "tiny" else _USUAL_RATE
-        fields["learning_rate"] = usual * _RATE_FACTORS.get(method or config.method.name, 1.0)
+        name = method or config.method.name
+        usual = _TINY_RATES.get(name, _TINY_RATES[""]) if config.model.name == "tiny" else _USUAL_RATE
+        fields["learning_rate"] = usual * _RATE_FACTORS.get(name, 1.0)
     return LocalTraining(**fields)

@@ -1,7 +1,8 @@
 """The rows that users always ask for beside a federated score: the bare base, local only, and centralised.
 
 Each gets the same number of optimiser steps as a client of the federated run has in all (local only), or as all clients
-have together (centralised, on the union of the rows), with the same settings and one schedule over all of them.
+have together (centralised, on the union of the rows), with one cosine schedule over all of them. The other settings are
+the run's; a learning rate that is not set is that of plain LoRA, so that the references are no straw men.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def centralised(config: RunConfig, rows: Sequence[TokenRow]) -> Reference:
 
 
 def _times(config: RunConfig, factor: int) -> LocalTraining:
-    training = local_training(config, method="plain LoRA")
+    training = replace(local_training(config, method="plain LoRA"), schedule="cosine")
     if training.local_steps is not None:
         return replace(training, local_steps=training.local_steps * factor)
     assert training.local_epochs is not None

@@ -300,6 +300,7 @@ def test_training_settings_are_the_fields_of_local_training_and_threads() -> Non
     plan = local_training(RunConfig())
     assert {name: getattr(plan, name) for name in defaults} == defaults
     assert local_training(with_method(RunConfig(), "ffa-lora")).learning_rate == pytest.approx(3e-2)
+    assert local_training(RunConfig(), method="plain LoRA").learning_rate == 4e-3
     assert local_training(load_config(overrides=["model.name=other/model"])).learning_rate == 2e-4
     assert local_training(load_config(overrides=["training.learning_rate=1"]), method="ffa-lora").learning_rate == 1
     assert (plan.learning_rate, plan.local_steps, plan.local_epochs, plan.batch_size) == (1e-2, 15, None, 16)
