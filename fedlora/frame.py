@@ -17,6 +17,7 @@ import types
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import ml_dtypes
@@ -235,6 +236,11 @@ class Table:
             raise WireError(f"arrays that belong to nothing: {sorted(self._left)[:5]}")
 
 
+@cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def from_json(hint: Any, value: object, where: str) -> Any:
     """`value` (parsed JSON) as the type `hint`: int, float, str, bool, Literal, unions, tuples, string-keyed mappings,
     and frozen dataclasses of these, with exactly their fields. Raises: WireError naming the field.
@@ -245,7 +251,7 @@ def from_json(hint: Any, value: object, where: str) -> Any:
     if is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
             raise WireError(f"{where} must be an object, got {value!r:.80}")
-        hints = get_type_hints(hint)
+        hints = _hints(hint)
         require_names(where, set(value), {f.name for f in fields(hint)})
         return hint(**{name: from_json(hints[name], x, f"{where}.{name}") for name, x in value.items()})
     if origin is Literal:

@@ -86,7 +86,7 @@ def protocol(state: GlobalState, cohort: Cohort) -> Round:
             started[member.rank, member.scale] += answer.examples
     for key, weight in started.items():
         products.add(_as(starts[key], np.float64), -weight)
-    update = _canonical(products.total().scaled(1.0 / heads.weight))
+    update = products.total().scaled(1.0 / heads.weight)
     return _close(state, cohort, update, products.error / heads.weight, heads.mean())
 
 
@@ -94,12 +94,16 @@ def _close(
     state: GlobalState, cohort: Cohort, update: Adapter, error: float, head: Mapping[str, NDArray[np.float64]]
 ) -> Closed:
     task, version = state.open_task, state.version + 1
-    blocks = (*task.blocks, Block(adapter=update, born=version))
-    ranks = {n: sum(b.adapter[n].rank for b in blocks) for n in update}
+    own = {n: min(f.rank, *f.shape) for n, f in update.items()}  # what the update's compact form has
+    ranks = {n: sum(b.adapter[n].rank for b in task.blocks) + own[n] for n in update}
     bounds = {n: _bound(f, cohort.settings.max_rank) for n, f in update.items()}
     if any(ranks[n] > bounds[n] for n in ranks):
-        small, left = truncated(stack([b.adapter for b in blocks]), bounds)
-        blocks, ranks, error = (Block(adapter=small, born=version),), small.ranks, error + left
+        small, left = truncated(stack([*(b.adapter for b in task.blocks), update]), bounds)
+        small = _as(small, np.float32)
+        ranks, error = small.ranks, error + left
+        blocks: tuple[Block, ...] = (Block(adapter=small, born=version),)
+    else:
+        blocks = (*task.blocks, Block(adapter=_canonical(update), born=version))
     whole = norm(stack([b.adapter for b in blocks])) if error > 0.0 else 0.0
     report = {
         "update_norm": norm(update),
@@ -110,7 +114,7 @@ def _close(
     memory = dict(state.memory)
     if NAME in memory:
         rank = next(x.shape[0] for x in part(memory[NAME], "A").values())
-        memory[NAME] = pair_arrays(_next_start(update, rank, state.layout, cohort.seed, cohort.round))
+        memory[NAME] = pair_arrays(_next_start(_canonical(update), rank, state.layout, cohort.seed, cohort.round))
     task = replace(task, blocks=blocks, extras=moved(task.extras, head))
     return Closed(state=state.with_task(task, memory=memory), report=report)
 

@@ -1,6 +1,6 @@
 """What the in-process engine costs beside training, and the same run under Flower's own simulation.
 
-    python -m simulations.benchmarks.engine [--rounds 4] [--flower]
+    python -m simulations.benchmarks.engine [--rounds 4] [--threads 1] [--flower]
 
 Prints the wall time of a simulated run without evaluation over the sum of its clients' optimiser steps, and with
 `--flower` the wall time of the same run by `flwr run` (its processes, Ray and messages included) over ours.
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--method", default="flora")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; more than one starves a process pool")
     parser.add_argument("--flower", action="store_true", help="also under Flower's own simulation")
     arguments = parser.parse_args()
     config = load_config(
@@ -44,6 +45,7 @@ def main() -> None:
         [
             f"method.name={arguments.method}",
             f"rounds.count={arguments.rounds}",
+            f"training.threads={arguments.threads}",
             "evaluation.server=false",
             "evaluation.every=0",
             "data.holdout=0",
