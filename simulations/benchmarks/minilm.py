@@ -58,12 +58,13 @@ def main() -> None:
     parser.add_argument("--task", default="agnews")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--methods", default="fedit,ffa-lora,flora")
     arguments = parser.parse_args()
     data = os.environ.get("FEDLORA_REAL_DATA")
     if data is None:
         raise SystemExit("FEDLORA_REAL_DATA is not set: it names the folder that holds agnews/train.jsonl")
-    config = settings(arguments.task, Path(data), **{"rounds.count": arguments.rounds})
+    config = settings(arguments.task, Path(data), **{"rounds.count": arguments.rounds, "training.threads": arguments.threads})
     methods = []
     for name in arguments.methods.split(","):
         one = with_method(config, name)
