@@ -95,7 +95,9 @@ class PartitionConfig(_Section):
     )
     alpha: Annotated[float, Field(gt=0)] = Field(0.5, description="Dirichlet concentration; small is uneven")
     key: str | None = Field(None, description="column for dirichlet (the label) and natural (the owner)")
-    skills_per_client: Positive = Field(4, description="skills: how many each client holds")
+    skills_per_client: Positive | None = Field(
+        None, description="skills: how many each client holds; None: 4, or more where few clients must hold all skills"
+    )
     minimum_rows: int = Field(1, ge=0, description="dirichlet: redraw until each client has this many")
 
 

@@ -19,7 +19,17 @@ from fedlora.data.sources import Loaded, load_rows, skill_rows, skills
 from fedlora.errors import ConfigError, DataError
 from fedlora.rng import stream
 
-__all__ = ["ClientRows", "Report", "Row", "TokenRow", "client_rows", "describe", "hold_out", "test_rows"]
+__all__ = [
+    "ClientRows",
+    "Report",
+    "Row",
+    "TokenRow",
+    "client_rows",
+    "describe",
+    "hold_out",
+    "skills_per_client",
+    "test_rows",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +140,18 @@ def _test_config(data: DataConfig) -> DataConfig:
     return data.model_copy(update={"split": data.test, "partition": plain})
 
 
+def skills_per_client(config: DataConfig, clients: int) -> int:
+    """How many of the embedded skills each client holds: as set, else 4, or as many as it takes to hold all."""
+    held = len(skills(config))
+    return config.partition.skills_per_client or min(held, max(4, -(-held // clients)))
+
+
 # Settings travel as JSON so that they can be keys. Two loads are kept: the rows and the test rows of one run.
 @lru_cache(maxsize=2)
 def _skill_counts(data: str, clients: int, seed: int) -> list[dict[str, int]]:
     """By client: how many rows of which skills."""
     config = DataConfig.model_validate_json(data)
-    dealt = deal(skills(config), clients=clients, per_client=config.partition.skills_per_client, seed=seed)
+    dealt = deal(skills(config), clients=clients, per_client=skills_per_client(config, clients), seed=seed)
     return [dict(zip(held, _spread(config.rows_per_client, len(held)), strict=True)) for held in dealt]
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 from jinja2 import Environment
 
 from fedlora.config import RunConfig, flat, load_config, to_toml
+from fedlora.data import skills_per_client
 from fedlora.report.charts import Series, line_chart, traffic_chart
 from fedlora.report.clients import clients_view
 from fedlora.report.compare import write_page
@@ -136,9 +137,10 @@ def headline(run: Run) -> str:
 def _on_what(run: Run) -> str:
     groups = next((g for g in map(run.groups, reversed(run.rounds)) if g), {})
     data = run.config.data
-    if data.name == "skills" and data.partition.kind == "skills" and len(groups) > data.partition.skills_per_client:
-        most = word(data.partition.skills_per_client)
-        return f" on {count(len(groups), 'skill')}, of which no client holds more than {most}"
+    if data.name == "skills" and data.partition.kind == "skills":
+        most = skills_per_client(data, run.config.rounds.clients)
+        if len(groups) > most:
+            return f" on {count(len(groups), 'skill')}, of which no client holds more than {word(most)}"
     return " on test rows of the server" if run.scored("score", "server") else " on the rows that clients held out"
 
 

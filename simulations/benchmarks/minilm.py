@@ -64,7 +64,9 @@ def main() -> None:
     data = os.environ.get("FEDLORA_REAL_DATA")
     if data is None:
         raise SystemExit("FEDLORA_REAL_DATA is not set: it names the folder that holds agnews/train.jsonl")
-    config = settings(arguments.task, Path(data), **{"rounds.count": arguments.rounds, "training.threads": arguments.threads})
+    config = settings(
+        arguments.task, Path(data), **{"rounds.count": arguments.rounds, "training.threads": arguments.threads}
+    )
     methods = []
     for name in arguments.methods.split(","):
         one = with_method(config, name)

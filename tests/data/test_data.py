@@ -79,6 +79,13 @@ class TestSkills:
         with pytest.raises(ConfigError, match="2 clients with 1 skills each cannot hold all 12; raise it to 6"):
             data.client_rows(config(clients=2, partition={"kind": "skills", "skills_per_client": 1}), 0)
 
+    @pytest.mark.parametrize(("clients", "each"), [(1, 12), (2, 6), (3, 4), (10, 4)])
+    def test_few_clients_hold_more_skills(self, clients: int, each: int):
+        run = config(clients=clients, rows_per_client=24)
+        held = [set(counts) for counts in data.describe(run)]
+        assert [len(skills) for skills in held] == [each] * clients
+        assert len(set().union(*held)) == 12
+
     def test_other_partitions_deal_one_pool(self):
         run = config(clients=3, rows_per_client=6, partition={"kind": "dirichlet", "alpha": 0.2})
         assert sum(sum(counts.values()) for counts in data.describe(run)) == 12 * 6
