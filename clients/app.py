@@ -103,11 +103,13 @@ def respond(config: RunConfig, header: Header, ask: Ask, data: bytes, context: C
         kept = memory.recall(data) if memory else None
         if kept is not None:
             return kept
-        answer = encode_answer(
-            header,
-            train_client(base, header, ask, encoded(config, index)[0], threads=threads(config)),
-            config.wire.dtype,
-        )
+        keep = memory is not None and ask.plan is not None and ask.plan.training.optimizer_state == "keep"
+        moments = memory.moments(header.round) if memory and keep else None
+        rows = encoded(config, index)[0]
+        trained = train_client(base, header, ask, rows, threads=threads(config), optimizer=moments)
+        answer = encode_answer(header, trained, config.wire.dtype)
+        if memory and moments is not None:
+            memory.keep_moments(header.round, moments)
         if memory:
             memory.remember(data, answer)
         return answer

@@ -200,7 +200,9 @@ class TrainingConfig(_Section):
     clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
     checkpointing: bool = False
     autocast: bool = False
-    optimizer_state: Literal["fresh", "keep"] = "fresh"
+    optimizer_state: Literal["fresh", "keep"] = Field(
+        "fresh", description="keep AdamW's moments between a client's rounds (fedit, ffa-lora), or begin afresh"
+    )
     threads: int = Field(
         0, ge=0, description="torch threads; 0: the machine's cores. The last bits of a result depend on it"
     )
@@ -299,6 +301,11 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("lora.rslora", "lora.alpha"),
             "scales alpha by the root of the rank and lora.alpha is none: set lora.alpha, or leave rslora off",
+        )
+    if training.optimizer_state == "keep" and config.method.name == "flora":
+        yield (
+            ("training.optimizer_state", "method.name"),
+            "flora's clients begin each round with other factors, to which kept moments do not belong: use fresh",
         )
     for key, methods in _BELONGS_TO.items():
         value = getattr(config.method, key.removeprefix("method."))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from clients.memory import Memory
@@ -83,7 +84,26 @@ def test_nobody_else_may_read_it(tmp_path: Path) -> None:
 
 def test_a_disk_that_refuses_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(
-        CheckpointError, match=r"cannot keep an answer of 6 bytes in .*: (File exists|Not a directory). Free"
-    ):
+    with pytest.raises(CheckpointError, match=r"cannot keep 70 bytes in .*: (File exists|Not a directory). Free"):
         Memory(tmp_path / "file", "run", "client").remember(b"ask", b"answer")
+
+
+def test_moments_are_those_before_the_round_that_is_asked(tmp_path: Path) -> None:
+    memory = Memory(tmp_path, "run", "client")
+    assert memory.moments(1) == {}
+    for number in (2, 3, 7):
+        memory.keep_moments(number, {"exp_avg": np.full(3, number, np.float32), "step": np.array(float(number))})
+    assert memory.moments(8)["exp_avg"].tolist() == [7, 7, 7]
+    assert memory.moments(8)["step"].shape == ()
+    assert memory.moments(7)["exp_avg"].tolist() == [3, 3, 3]  # round 7 is repeated after a crash
+    assert memory.moments(3) == {}  # only the last two are kept
+    assert len(list(tmp_path.rglob("moments-*"))) == 2
+    assert Memory(tmp_path, "run", "other").moments(8) == {}
+
+
+def test_damaged_moments_are_named(tmp_path: Path) -> None:
+    memory = Memory(tmp_path, "run", "client")
+    memory.keep_moments(1, {"exp_avg": np.zeros(3, np.float32)})
+    next(tmp_path.rglob("moments-*")).write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="moments-000001 cannot be read"):
+        memory.moments(2)

@@ -71,6 +71,15 @@ def test_another_seed_gives_others(finished: Path, tmp_path: Path) -> None:
     assert (tmp_path / "other" / name).read_bytes() != (finished / name).read_bytes()
 
 
+def test_kept_moments_matter(tmp_path: Path) -> None:
+    words = (*SMALL, "--method", "fedit", "--set", "evaluation.every=0")
+    adapters = {}
+    for name in ("fresh", "keep"):
+        call("simulate", *words, "--set", f"training.optimizer_state={name}", "--out", str(tmp_path / name))
+        adapters[name] = (tmp_path / name / "adapter/adapter_model.safetensors").read_bytes()
+    assert adapters["keep"] != adapters["fresh"]
+
+
 def test_evaluate_generate_report(finished: Path) -> None:
     scored = call("evaluate", str(finished))
     assert "tuned" in scored
@@ -98,6 +107,7 @@ def test_an_ended_run_can_be_resumed_and_stays_the_same(finished: Path) -> None:
         (("simulate", "--ranks", "0"), r"lora\.ranks"),
         (("simulate", "--model", "no/such/folder", "--rounds", "1"), r"no/such/folder"),
         (("simulate", "--data", "missing.jsonl", "--rounds", "1"), r"missing\.jsonl"),
+        (("simulate", "--set", "training.optimizer_state=keep"), r"optimizer_state.*use fresh"),
         (("report", "nowhere"), r"nowhere is not a run folder"),
         (("generate", "nowhere"), r"neither a run folder .* nor a PEFT adapter"),
         (("compare", "--set", "nope:training.learning_rate=1"), r"no method 'nope' is compared"),
