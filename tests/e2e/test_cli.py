@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
@@ -69,6 +71,23 @@ def test_another_seed_gives_others(finished: Path, tmp_path: Path) -> None:
     call("simulate", *SMALL, "--seed", "1", "--out", str(tmp_path / "other"))
     name = "adapter/adapter_model.safetensors"
     assert (tmp_path / "other" / name).read_bytes() != (finished / name).read_bytes()
+
+
+def test_the_live_display_of_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = StringIO()
+    monkeypatch.setattr("fedlora.cli.console", Console(file=screen, force_terminal=True, width=100, highlight=False))
+    call("simulate", *SMALL, "--references", "--out", str(tmp_path / "run"))
+    shown = screen.getvalue()
+    for words in (
+        "starting",
+        "round 1/2",
+        "0/6",
+        "6/6",
+        "answers",
+        "round   2/2",
+        "training the reference: local only",
+    ):
+        assert words in shown, words
 
 
 def test_kept_moments_matter(tmp_path: Path) -> None:
