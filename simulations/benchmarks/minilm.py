@@ -66,11 +66,8 @@ def main() -> None:
     data = os.environ.get("FEDLORA_REAL_DATA")
     if data is None:
         raise SystemExit("FEDLORA_REAL_DATA is not set: it names the folder that holds agnews/train.jsonl")
-    config = settings(
-        arguments.task,
-        Path(data),
-        **{"rounds.count": arguments.rounds, "training.threads": arguments.threads, "seed": arguments.seed},
-    )
+    more = {"rounds.count": arguments.rounds, "training.threads": arguments.threads, "seed": arguments.seed}
+    config = settings(arguments.task, Path(data), **more)
     methods = []
     for name in arguments.methods.split(","):
         one = with_method(config, name)
