@@ -10,8 +10,7 @@ help:            ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed 's/:.*##/\t/'
 
 demo: .venv/installed  ## ten clients teach one small model, beside local-only and centralised training; a few minutes
-	$(BIN)/fedlora simulate --references
-	$(BIN)/fedlora generate "$$(ls -d runs/*-* | sort | tail -1)"
+	out="runs/demo-$$(date +%Y%m%d-%H%M%S)" && $(BIN)/fedlora simulate --references --out "$$out" && $(BIN)/fedlora generate "$$out"
 
 test: .venv/installed  ## the fast tests: CPU, offline, under two minutes
 	$(BIN)/pytest -q

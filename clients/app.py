@@ -5,7 +5,6 @@ flwr run .            (as part of the Flower app that pyproject.toml names)
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import replace
 from functools import lru_cache
@@ -22,12 +21,14 @@ from fedlora.code import require_one_checkout, require_same_code
 from fedlora.config import ModelConfig, RunConfig, load_config
 from fedlora.data import client_rows
 from fedlora.data.prompt import prompt_format
+from fedlora.data.report import tell
 from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, FedLoRAError, WireError
 from fedlora.evaluation.score import score
-from fedlora.state import Answer, Ask, Header, keyed, part
+from fedlora.state import Answer, Ask, Block, Header, keyed, part
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
+from fedlora.training.start import public_pair
 from fedlora.wire import blocks_id, decode_ask, encode_answer
 
 require_one_checkout(__file__)
@@ -113,7 +114,10 @@ def respond(config: RunConfig, header: Header, ask: Ask, data: bytes, context: C
         if memory:
             memory.remember(data, answer)
         return answer
-    attach(base, ask.blocks, blocks_id(ask.blocks), ask.frozen, part(ask.arrays, "head"))
+    blocks = ask.blocks
+    if ask.public is not None:
+        blocks += (Block(adapter=public_pair(ask, header, base.layout).folded(), born=header.version),)
+    attach(base, blocks, blocks_id(blocks), ask.frozen, part(ask.arrays, "head"))
     held_out = encoded(config, index)[1]
     metrics = score(base, held_out, batch_size=config.evaluation.batch_size) if held_out else {}
     return encode_answer(header, Answer(examples=len(held_out), metrics=metrics))
@@ -157,14 +161,6 @@ def _encoded(config_json: str, index: int) -> tuple[list[TokenRow], list[TokenRo
     form = prompt_format(config, resident_base(config.model).tokenizer)
     train, trained_on = form.encode(rows.train)
     held_out, scored_on = form.encode(rows.holdout)
-    _tell(rows.report.summary() if rows.report.dropped else "")
-    dropped = trained_on + scored_on
-    _tell(f"{stable_id(index)}: {dropped.summary()}" if dropped.dropped else "")
+    tell(rows.report, config.data.name)
+    tell(trained_on + scored_on, stable_id(index))
     return train, held_out
-
-
-@lru_cache(maxsize=1024)
-def _tell(line: str) -> None:
-    """Warn once of rows that were left out; a shared file is loaded by many clients."""
-    if line:
-        logging.getLogger("fedlora").warning(line)

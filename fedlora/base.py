@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
@@ -110,7 +111,8 @@ def load_base(config: ModelConfig) -> Base:
     """The base that `config` names, frozen, on its device, with a LoRA layer installed over every adapted module.
 
     Cost: one read of the weights to load them and one to fingerprint them (remembered per file in this process).
-    Raises: ConfigError if there is no such model, module or device; BaseMismatch if `config.fingerprint` is another.
+    Raises: ConfigError if there is no such model, module or device, or a file of the model is damaged; BaseMismatch if
+    `config.fingerprint` is another.
     """
     source = _source(config)
     device = _device(config.device)
@@ -120,12 +122,17 @@ def load_base(config: ModelConfig) -> Base:
         at = cached_file(source, "config.json", revision=config.revision)
     except (OSError, ValueError) as error:
         raise ConfigError(_not_found(config.name, error)) from error
-    print_ = fingerprint(Path(str(at)).parent)
+    folder = Path(str(at)).parent
+    with _reading(config, folder):
+        print_ = fingerprint(folder)
     if config.fingerprint is not None and config.fingerprint != print_:
         raise BaseMismatch(f"{config.name}: the run was opened with base {config.fingerprint}, this one is {print_}")
-    model, fresh = _load_model(config, source, settings, dtype)
+    with _reading(config, folder):
+        model, fresh = _load_model(config, source, settings, dtype)
+        tokenizer = _tokenizer(source, config.revision)
     model.to(device).eval().requires_grad_(False)
-    tokenizer = _tokenizer(source, config.revision)
+    pad_id = _pad_id(model, tokenizer)
+    model.config.get_text_config().pad_token_id = pad_id  # a decoder with a classifier's head looks for it in batches
     head = _head(model, fresh) if config.task_type == "sequence-classification" else {}
     _keep_fp32(model, head)
     modules = _targets(model, config, head)
@@ -142,9 +149,22 @@ def load_base(config: ModelConfig) -> Base:
         layers=layers,
         head=head,
         initial_head={n: p.detach().float().cpu().numpy().copy() for n, p in head.items()},
-        pad_id=_pad_id(model, tokenizer),
+        pad_id=pad_id,
         splits=config.task_type == "causal-lm" and _splits(model),
     )
+
+
+@contextmanager
+def _reading(config: ModelConfig, folder: Path) -> Iterator[None]:
+    """Raises: ConfigError for whatever the files of a base make their readers raise."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise ConfigError(
+            f"model: {config.name!r} cannot be loaded for {config.task_type} from {folder}: {type(error).__name__}: "
+            f"{reason}; if a file there is torn, copy or download the folder anew, else choose a base of this kind"
+        ) from error
 
 
 def _source(config: ModelConfig) -> str:
@@ -209,19 +229,16 @@ def _load_model(config: ModelConfig, source: str, settings: Any, dtype: torch.dt
         settings.num_labels = len(config.labels)
         settings.id2label = dict(enumerate(config.labels))
         settings.label2id = {label: i for i, label in enumerate(config.labels)}
-    try:
-        with torch.random.fork_rng(devices=[]), _quiet():
-            torch.manual_seed(0)  # what the files do not hold starts the same everywhere
-            model, info = auto.from_pretrained(
-                source,
-                config=settings,
-                revision=config.revision,
-                dtype=dtype,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"model: {config.name!r} cannot be loaded for {config.task_type}: {error}") from error
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(0)  # what the files do not hold starts the same everywhere
+        model, info = auto.from_pretrained(
+            source,
+            config=settings,
+            revision=config.revision,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
     fresh = set(info["missing_keys"]) | {item[0] for item in info["mismatched_keys"]}
     if fresh and config.task_type == "causal-lm":
         raise ConfigError(f"model: the files of {config.name!r} lack weights of the model: {sorted(fresh)[:5]}")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -20,6 +21,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from fedlora.errors import ConfigError, FedLoRAError
 
@@ -102,10 +104,11 @@ def simulate(
         folder = out or _next_folder(config.method.name)
 
     from server.app import open_run
-    from simulations.simulate import MAKE
+    from simulations.simulate import MAKE, check
     from simulations.simulate import simulate as run_simulation
 
     if resume is None:
+        check(config)
         open_run(folder, config)
     with _Display(config.rounds.count) as display:
         result = run_simulation(config, folder, notify=display.hear, references=tuple(MAKE) if references else ())
@@ -126,13 +129,16 @@ def compare(
     """Run several methods on several seeds; print and save a table with the local-only and centralised rows."""
     from fedlora.config import load_config, with_method
 
+    names = _names(methods)
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"--methods needs one or more different names with commas between, got {methods!r}")
     own = [s.partition(":") for s in sets or [] if ":" in s.partition("=")[0]]
     shared = [s for s in sets or [] if ":" not in s.partition("=")[0]]
-    config = load_config(scenario, shared)
+    config = load_config(scenario, [*shared, f"method.name={names[0]}"])
     for name, _, _ in own:
-        if name not in _names(methods):
+        if name not in names:
             raise ConfigError(f"--set {name}:...: no method {name!r} is compared here; there are {methods}")
-    each = [_with(with_method(config, n), [rest for name, _, rest in own if name == n]) for n in _names(methods)]
+    each = [_with(with_method(config, n), [rest for name, _, rest in own if name == n]) for n in names]
 
     from fedlora.report.compare import comparison_markdown
     from simulations.compare import compare as run_comparison
@@ -168,9 +174,11 @@ def evaluate(
         config = config.model_copy(update={"data": config.data.model_copy(update={"test": data})})
     base, attach_tuned, attach_bare = _attached(config, adapter)
     from fedlora.data.prompt import prompt_format
+    from fedlora.data.report import tell
     from fedlora.evaluation.score import score
 
-    rows = prompt_format(config, base.tokenizer).encode(test_rows(config))[0]
+    rows, left_out = prompt_format(config, base.tokenizer).encode(test_rows(config))
+    tell(left_out, "test rows")
     if not rows:
         raise ConfigError("nothing to score on: give --data FILE, or a run whose settings name test rows")
     attach_bare()
@@ -180,7 +188,7 @@ def evaluate(
     table = Table("group", "rows", "base", "tuned")
     for group in sorted(k.split("/", 1)[1] for k in after if k.startswith("counted/")):
         n = after[f"counted/{group}"]
-        table.add_row(group, f"{n:.0f}", *(f"{s[f'correct/{group}'] / n:.1%}" for s in (before, after)))
+        table.add_row(escape(group), f"{n:.0f}", *(f"{s[f'correct/{group}'] / n:.1%}" for s in (before, after)))
     n = after["counted"]
     table.add_row("all", f"{n:.0f}", f"{before['correct'] / n:.1%}", f"{after['correct'] / n:.1%}")
     console.print(table)
@@ -206,47 +214,49 @@ def _side_by_side(config: Any, adapter: Path, prompts: Sequence[str], max_new_to
     from fedlora.data.prompt import prompt_format
     from fedlora.evaluation.generate import generate as generate_tokens
 
-    wanted: Sequence[str | None] = [None] * len(prompts)
-    if not prompts:
-        rows = test_rows(config)
-        rows = rows[:: max(1, len(rows) // 8)][:8]
-        if not rows:
-            raise ConfigError("no prompt: give one or more, in quotes, after the folder")
-        prompts, wanted = [r.prompt for r in rows], [r.answer for r in rows]
+    if config.model.task_type != "causal-lm":
+        raise ConfigError("a classifier writes nothing: score it with fedlora evaluate, --data FILE")
+    rows = [] if prompts else test_rows(config)
+    rows = rows[:: max(1, len(rows) // 8)][:8]
+    if not prompts and not rows:
+        raise ConfigError("no prompt: give one or more, in quotes, after the folder")
     base, attach_tuned, attach_bare = _attached(config, adapter)
     form = prompt_format(config, base.tokenizer)
-    ids = [form.prompt_ids(p) for p in prompts]
+    ids = form.prompts(rows) if rows else [form.prompt_ids(p) for p in prompts]
+    prompts = [r.prompt for r in rows] or prompts
     said = []
     for attach_one in (attach_bare, attach_tuned):
         attach_one()
         said.append(generate_tokens(base, ids, max_new_tokens=max_new_tokens, end_ids=form.stop_ids))
-    table = Table("prompt", "base", "tuned", *(["right answer"] if wanted[0] is not None else []), show_lines=True)
+    table = Table("prompt", "base", "tuned", *(["right answer"] if rows else []), show_lines=True)
     for i, prompt in enumerate(prompts):
         cells = [
             prompt,
             *(base.tokenizer.decode(s[i]) for s in said),
-            *([wanted[i] or ""] if wanted[0] is not None else []),
+            *([rows[i].answer] if rows else []),
         ]
-        table.add_row(*(_plain(c) for c in cells))
+        table.add_row(*(Text(c) for c in cells))
     console.print(table)
-
-
-def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 def _attached(config: Any, folder: Path) -> tuple[Any, Callable[[], None], Callable[[], None]]:
     """(base, attach the tuned weights, attach none)."""
+    from fedlora.adapter import Adapter
     from fedlora.base import load_base
     from fedlora.peft_bridge import load_adapter
-    from fedlora.state import Block
+    from fedlora.state import Block, zero_adapter
     from fedlora.training.attach import attach
     from fedlora.wire import blocks_id
 
     base = load_base(config.model)
     adapter, head = load_adapter(folder)
-    blocks = (Block(adapter=adapter.folded(), born=0),)
-    return base, lambda: attach(base, blocks, blocks_id(blocks), None, head), lambda: attach(base, (), "", None, {})
+    whole = Adapter({**zero_adapter(base.layout, 0), **adapter.folded()})  # modules the adapter leaves as they are
+    blocks = (Block(adapter=whole, born=0),)
+
+    def bare() -> None:
+        attach(base, (), blocks_id(()), None, base.initial_head)
+
+    return base, lambda: attach(base, blocks, blocks_id(blocks), None, {**base.initial_head, **head}), bare
 
 
 def _tuned(run: Path, model: str | None, sets: Sequence[str] | None) -> tuple[Any, Path]:
@@ -319,7 +329,7 @@ def _print_result(result: Any) -> None:
     for line in (
         f"adapter: {result.folder / 'adapter'}",
         f"report:  {result.folder / 'report.html'}",
-        f"try:     fedlora generate {result.folder}",
+        f"try:     fedlora {result.next_command}",
     ):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -376,6 +386,8 @@ class _Display:
             self._say(f"refused {event['client']}: {event['rule']}: {event['detail']}")
         elif kind == "retry":
             self._say(f"round {event['round']} is repeated: {event['reason']}")
+        elif kind == "note":
+            self._say(event["text"])
         elif kind == "reference":
             self._bar.update(self._task, description=f"{event['name']} (no federation), for comparison", total=None)
             self._say(f"training the reference: {event['name']}")

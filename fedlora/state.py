@@ -187,11 +187,22 @@ class Header:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublicPair:
+    """A pair `scale * B @ A` to evaluate whose B is in the Ask and whose A `[rows, in]` never travels: every client
+    makes it from the public generator, and checks it against the Ask's `probe:` arrays."""
+
+    seed: int
+    rows: int
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ask:
     """What one client is asked: blocks of W_eff (the same for all), its own frozen factors, arrays to start from."""
 
     plan: TrainPlan | None = None  # None in a hello and in an evaluation
     blocks: tuple[Block, ...] = ()
+    public: PublicPair | None = None  # in an evaluation; a training plan says where its A comes from
     frozen: Adapter | None = None  # added to W_eff for this client alone; products may be negative
     arrays: Mapping[str, Array] = field(default_factory=dict)  # `A:`, `B:`, `head:`, `probe:`
 

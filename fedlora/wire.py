@@ -21,7 +21,7 @@ import numpy as np
 from fedlora.adapter import Adapter, Array, Factors
 from fedlora.errors import AdapterError, WireError
 from fedlora.frame import DTYPES, Body, Table, body, from_json, message, open_message, read_header
-from fedlora.state import Answer, Ask, Block, GlobalState, Header, Layout, Module, Task, TrainPlan
+from fedlora.state import Answer, Ask, Block, GlobalState, Header, Layout, Module, PublicPair, Task, TrainPlan
 
 SavedBlock = tuple[int, Mapping[str, float]]  # born, and the scales that are not 1
 ModuleKind = Literal["linear", "conv1d", "embedding"]
@@ -69,6 +69,7 @@ def encode_ask(header: Header, ask: Ask, dtype: str = "float32", *, shared: Bloc
         "header": asdict(header),
         "plan": None if ask.plan is None else asdict(ask.plan),
         "blocks": [[b.born, _scales(b.adapter)] for b in ask.blocks],
+        "public": None if ask.public is None else asdict(ask.public),
         "frozen": None if ask.frozen is None else _scales(ask.frozen),
         "dtype": dtype,
     }
@@ -77,7 +78,7 @@ def encode_ask(header: Header, ask: Ask, dtype: str = "float32", *, shared: Bloc
 
 def decode_ask(data: bytes, *, max_bytes: int) -> tuple[Header, Ask]:
     """The header and ask of a message; arrays float32. Raises: WireError saying what is wrong with the bytes."""
-    names = {"header", "plan", "blocks", "frozen", "dtype"}
+    names = {"header", "plan", "blocks", "public", "frozen", "dtype"}
     values, (own, shared) = open_message(data, "ask", max_bytes, names, bodies=2)
     for table in (own, shared):
         _require_dtype(table, values["dtype"])
@@ -85,6 +86,7 @@ def decode_ask(data: bytes, *, max_bytes: int) -> tuple[Header, Ask]:
     ask = Ask(
         plan=from_json(TrainPlan | None, values["plan"], "plan"),
         blocks=_take_blocks(shared, "", from_json(tuple[SavedBlock, ...], values["blocks"], "blocks"), upcast=True),
+        public=from_json(PublicPair | None, values["public"], "public"),
         frozen=None if frozen is None else _take_adapter(own, "frozen/", frozen, upcast=True),
         arrays={key: _upcast(own.take(f"array/{key}")) for key in own.names("array/")},
     )

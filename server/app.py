@@ -88,6 +88,7 @@ def own_evaluator(config: RunConfig) -> Evaluator | None:
     from fedlora.base import load_base
     from fedlora.data import test_rows
     from fedlora.data.prompt import prompt_format
+    from fedlora.data.report import tell
     from server.evaluate import TestRows
 
     rows = test_rows(config)
@@ -95,7 +96,9 @@ def own_evaluator(config: RunConfig) -> Evaluator | None:
         return None
     base = load_base(config.model)
     form = prompt_format(config, base.tokenizer)
-    return TestRows(base, form.encode(rows)[0], batch_size=config.evaluation.batch_size)
+    encoded, left_out = form.encode(rows)
+    tell(left_out, "test rows")
+    return TestRows(base, encoded, batch_size=config.evaluation.batch_size)
 
 
 def _print(event: dict[str, Any]) -> None:

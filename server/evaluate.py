@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fedlora.state import Ask, Block, GlobalState, keyed, part
+from fedlora.state import Ask, Block, GlobalState, PublicPair, keyed
 from fedlora.wire import blocks_id
+from strategies.ffa_lora import checksum
 
 if TYPE_CHECKING:
     from fedlora.base import Base
@@ -33,18 +34,30 @@ class TestRows:
         from fedlora.evaluation.score import score  # torch, which a server that only aggregates may lack
         from fedlora.training.attach import attach
 
-        ask = evaluation_ask(state)
-        attach(self._base, ask.blocks, blocks_id(ask.blocks), None, part(ask.arrays, "head"))
+        blocks = _blocks(state)
+        pair = state.open_task.pair
+        if pair is not None:
+            blocks += (Block(adapter=pair.folded(), born=state.version),)
+        attach(self._base, blocks, blocks_id(blocks), None, state.open_task.extras)
         return score(self._base, self._rows, batch_size=self._batch_size)
 
 
 def evaluation_ask(state: GlobalState) -> Ask:
-    """The whole of W_eff as blocks, and the head: what every client evaluates."""
-    task = state.open_task
-    blocks = tuple(b for t in state.tasks.values() for b in t.blocks)
-    if task.pair is not None:
-        blocks += (Block(adapter=task.pair.folded(), born=state.version),)
-    return Ask(blocks=blocks, arrays=keyed("head", task.extras))
+    """The whole of W_eff, and the head: what every client evaluates. A public A stays at home."""
+    task, blocks, head = state.open_task, _blocks(state), keyed("head", state.open_task.extras)
+    if task.pair is None:
+        return Ask(blocks=blocks, arrays=head)
+    if task.public_seed is None:
+        return Ask(blocks=(*blocks, Block(adapter=task.pair.folded(), born=state.version)), arrays=head)
+    probes = {n: checksum(f, n, task.public_seed) for n, f in task.pair.items()}
+    arrays = keyed("B", {n: f.b for n, f in task.pair.items()}) | keyed("probe", probes) | head
+    first = next(iter(task.pair.values()))
+    public = PublicPair(seed=task.public_seed, rows=first.rank, scale=first.scale)
+    return Ask(blocks=blocks, public=public, arrays=arrays)
+
+
+def _blocks(state: GlobalState) -> tuple[Block, ...]:
+    return tuple(b for t in state.tasks.values() for b in t.blocks)
 
 
 def summary(sums: Mapping[str, float], *, groups: bool = True) -> dict[str, Any]:

@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from fedlora.config import RunConfig
+from fedlora.errors import ConfigError
 from fedlora.report.compare import ComparisonRow, comparison_markdown, write_comparison
 from server.app import open_run
 from server.checkpoint import write_atomic
-from simulations.simulate import MAKE, simulate
+from simulations.references import scored_rows
+from simulations.simulate import MAKE, simulate, test_tokens
 
 Notify = Callable[[dict[str, Any]], None]
 
@@ -46,7 +48,15 @@ def compare(
     `methods` are the settings of each method (the same but for `method`, and what a method wants tuned). References do
     not depend on the method, so they are made once a seed. Writes `comparison.json`, `.md` and `.html`.
     """
-    folder.mkdir(parents=True)
+    names = [m.method.name for m in methods]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"compare needs one or more different methods, got {names}")
+    if references:
+        scored_rows(config, test_tokens(config))  # refuses a comparison on nothing before hours were spent
+    try:
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be made: {error.strerror}. Choose another folder with --out.") from error
     columns: dict[str, _Column] = {}
     for seed in range(config.seed, config.seed + seeds):
         for i, settings in enumerate(methods):

@@ -102,7 +102,7 @@ def centralised(config: RunConfig, rows: Sequence[TokenRow]) -> Reference:
 
 
 def _times(config: RunConfig, factor: int) -> LocalTraining:
-    training = replace(local_training(config, method="plain LoRA"), schedule="cosine")
+    training = replace(local_training(config, method="plain LoRA"), schedule="cosine", optimizer_state="fresh")
     if training.local_steps is not None:
         return replace(training, local_steps=training.local_steps * factor)
     assert training.local_epochs is not None

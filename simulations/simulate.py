@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from clients.app import app as client_app
-from clients.app import resident_base
+from clients.app import encoded, resident_base
 from fedlora.config import RunConfig, flat
 from fedlora.data import test_rows
 from fedlora.data.prompt import prompt_format
+from fedlora.data.report import tell
 from fedlora.data.rows import TokenRow
+from fedlora.errors import ConfigError, DataError
 from fedlora.report.html import write_report
 from fedlora.report.log import RunLog, read_log
 from server.app import run
@@ -41,6 +43,7 @@ class Result:
     bytes_down: int
     seconds: float
     references: tuple[Reference, ...]
+    next_command: str  # what a person may want to type next, after `fedlora`
 
 
 def simulate(
@@ -58,13 +61,6 @@ def simulate(
     grid = LocalGrid(client_app, clients=config.rounds.clients, run_config=flat(config), memory=folder / "clients")
     run(grid, config, folder, evaluator=evaluator, notify=notify)
     log = RunLog(folder)
-    rows = scored_rows(config, test) if bare or references else []
-    made = [bare_base(config, rows)] if bare else []
-    for name in references:
-        notify({"event": "reference", "name": name})
-        made.append(MAKE[name](config, rows))
-    for reference in made:
-        log.append(reference.event())
     rounds = [e for e in read_log(folder) if e["event"] == "round"]
     last: dict[str, Any] = next((e["evaluation"] for e in reversed(rounds) if "evaluation" in e), {})
     final = last.get("server", last)
@@ -77,6 +73,18 @@ def simulate(
     log.append(end | {k: final[k] for k in ("score", "loss") if k in final})
     write_report(folder)
     shutil.rmtree(folder / "clients", ignore_errors=True)  # answers that only a crash would have needed again
+    made: list[Reference] = []
+    wanted = (["bare base"] if bare else []) + list(references)
+    try:
+        rows = scored_rows(config, test) if wanted else []
+    except DataError as error:
+        notify({"event": "note", "text": f"no {', '.join(wanted)} for comparison: {error}"})
+        wanted = []
+    for name in wanted:
+        notify({"event": "reference", "name": name})
+        made.append(bare_base(config, rows) if name == "bare base" else MAKE[name](config, rows))
+        log.append(made[-1].event())
+        write_report(folder)
     return Result(
         folder=folder,
         score=final.get("score"),
@@ -85,6 +93,7 @@ def simulate(
         bytes_down=sum(e["bytes_down"] for e in rounds),
         seconds=sum(e["seconds"] for e in rounds),
         references=tuple(made),
+        next_command=_next(config, folder, test),
     )
 
 
@@ -93,10 +102,31 @@ def test_tokens(config: RunConfig) -> list[TokenRow]:
     if not config.evaluation.server:
         return []
     base = resident_base(config.model)
-    form = prompt_format(config, base.tokenizer)
-    return form.encode(test_rows(config))[0]
+    rows, left_out = prompt_format(config, base.tokenizer).encode(test_rows(config))
+    tell(left_out, "test rows")
+    return rows
+
+
+def _next(config: RunConfig, folder: Path, test: Sequence[TokenRow]) -> str:
+    if config.model.task_type == "causal-lm":
+        return f"generate {folder}" if test else f'generate {folder} "your prompt"'
+    return f"evaluate {folder}" if test else f"evaluate {folder} --data FILE"
+
+
+def check(config: RunConfig) -> None:
+    """Refuse what no run could do, before there is a folder: model, data, columns, prompts, ranks, test rows.
+
+    Raises: ConfigError, DataError naming the setting.
+    """
+    base = resident_base(config.model)
+    most = base.layout.max_rank()
+    for rank in (config.rank_of(i) for i in range(min(config.rounds.clients, len(config.lora.ranks)))):
+        if rank > most:
+            raise ConfigError(f"lora.ranks: rank {rank}; the smallest adapted layer allows 1 to {most}")
+    encoded(config, 0)
+    test_tokens(config)
 
 
 test_tokens.__test__ = False  # type: ignore[attr-defined]  # not a pytest function
 
-__all__ = ["MAKE", "Result", "simulate", "test_tokens"]
+__all__ = ["MAKE", "Result", "check", "simulate", "test_tokens"]

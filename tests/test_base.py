@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
+    GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -28,9 +32,13 @@ from transformers import (
 from fedlora.adapter import Adapter, Factors
 from fedlora.base import Base, load_base
 from fedlora.config import ModelConfig
+from fedlora.data.batches import pad
+from fedlora.data.rows import TokenRow
 from fedlora.errors import AdapterError, BaseMismatch, ConfigError
-from fedlora.state import Block
+from fedlora.state import Ask, Block, Header, TrainPlan
 from fedlora.training.attach import attach, blocks_digest
+from fedlora.training.local import train_client
+from fedlora.training.objective import class_logits
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -126,6 +134,38 @@ def test_a_deep_head_travels_whole(tmp_path: Path) -> None:
     base = classifier(tmp_path)
     assert set(base.layout.head) == {f"classifier.{m}.{p}" for m in ("dense", "out_proj") for p in ("bias", "weight")}
     assert not [n for n in base.layout.modules if n.startswith("classifier")]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_decoder_without_a_pad_token_classifies_batches(
+    family: str,
+    tmp_path: Path,
+    plan: TrainPlan,
+    header: Callable[..., Header],
+    given: Callable[..., Ask],
+) -> None:
+    torch.manual_seed(0)
+    if family == "llama":
+        settings = LlamaConfig(
+            vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
+        )
+        LlamaForSequenceClassification(settings).save_pretrained(tmp_path)
+    else:
+        small = GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+        GPT2ForSequenceClassification(small).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text()).get("pad_token_id") is None
+    base = classifier(tmp_path)
+    rows = [
+        TokenRow(np.arange(3, 3 + length, dtype=np.int32), np.zeros(length, np.bool_), label)
+        for label, length in enumerate((9, 4))
+    ]
+    with torch.inference_mode():
+        both = class_logits(base, pad(rows, base.pad_id))
+        alone = [base.model(input_ids=torch.from_numpy(r.tokens).long()[None]).logits[0] for r in rows]
+    torch.testing.assert_close(both, torch.stack(alone))  # of each row's own last token, not of the padding
+    plan = replace(plan, training=replace(plan.training, local_steps=1, batch_size=2))
+    answer = train_client(base, header(base), given(base, plan), rows)
+    assert np.isfinite(answer.metrics["loss_after"])
 
 
 def test_name_endings_choose_modules(tmp_path: Path) -> None:
@@ -320,6 +360,34 @@ def test_a_missing_base_names_what_was_tried(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "empty" / "config.json").write_text((tmp_path / "my-llama" / "config.json").read_text())
     with pytest.raises(ConfigError, match=r"has no weights"):
         load(tmp_path / "empty")
+
+
+def test_torn_weights_are_refused_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = llama(tmp_path) / "model.safetensors"
+    whole = weights.read_bytes()
+    for share in (0.0, 0.01, 0.5):  # none, a torn header, a torn tensor
+        weights.write_bytes(whole[: int(len(whole) * share)])
+        with pytest.raises(ConfigError, match=rf"cannot be loaded for causal-lm from {tmp_path}: .*copy or download"):
+            load(tmp_path)
+    monkeypatch.setattr("fedlora.base.fingerprint", lambda _: "")
+    with pytest.raises(ConfigError, match=rf"from {tmp_path}: SafetensorError: .*if a file there is torn"):
+        load(tmp_path)
+
+
+def test_a_torn_pickle_or_tokenizer_is_refused_by_folder(tmp_path: Path) -> None:
+    model = LlamaForCausalLM.from_pretrained(llama(tmp_path / "a"))
+    (tmp_path / "b").mkdir()
+    model.config.save_pretrained(tmp_path / "b")
+    pickled = tmp_path / "b" / "pytorch_model.bin"
+    torch.save(model.state_dict(), pickled)
+    pickled.write_bytes(pickled.read_bytes()[:5000])
+    tokenizer(tmp_path / "a", "abc")
+    load(tmp_path / "a")
+    torn = tmp_path / "a" / "tokenizer.json"
+    torn.write_bytes(torn.read_bytes()[:100])
+    for name in "ab":
+        with pytest.raises(ConfigError, match=rf"from {tmp_path / name}: .*copy or download the folder anew"):
+            load(tmp_path / name)
 
 
 def test_files_of_another_model_are_refused(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from fedlora.data.rows import Row, TokenRow
 from fedlora.data.sources import Loaded, load_rows, skill_rows, skills
 from fedlora.errors import ConfigError, DataError
 from fedlora.rng import stream
+
+MAX_GROUPS = 200  # of one load; more are no skills or classes but free text, and nobody reads scores by them
 
 __all__ = [
     "ClientRows",
@@ -45,7 +47,8 @@ def client_rows(config: RunConfig, index: int) -> ClientRows:
     """The rows of the client with this index, the same in every process.
 
     Embedded skills are generated for this client alone (about 10 ms), so a thousand clients cost nothing until asked;
-    files and data sets are loaded and dealt once per process. A client may hold nothing.
+    files and data sets are loaded and dealt once per process. A client may hold nothing. Where all rows together have
+    more than `MAX_GROUPS` groups (answers in free text under `label`, say), each row's group is the data set's name.
 
     Raises: ConfigError if there is no such client; DataError as `load_rows` and `partition`.
     """
@@ -87,7 +90,8 @@ def test_rows(config: RunConfig) -> list[Row]:
 
     `data.test` is a split of `data.name` if it is a bare word; else a file, a glob, a data set id, or a folder with
     files of split `test`. Without it the embedded skills give `data.test_rows` rows in all, spread evenly over the
-    skills and different from any training row. Raises: DataError as `load_rows`.
+    skills and different from any training row. Of more than `MAX_GROUPS` groups one is made, as in `client_rows`.
+    Raises: DataError as `load_rows`.
     """
     data = config.data
     if data.test is None:
@@ -99,7 +103,7 @@ def test_rows(config: RunConfig) -> list[Row]:
             for name, count in zip(names, _spread(data.test_rows, len(names)), strict=True)
             for row in skill_rows(name, "test", count, config.seed)
         ]
-    return list(_loaded(_test_config(data).model_dump_json(), config.seed).rows)
+    return list(_grouped(_loaded(_test_config(data).model_dump_json(), config.seed).rows, data.name))
 
 
 test_rows.__test__ = False  # type: ignore[attr-defined]  # no test, whatever pytest makes of the name
@@ -121,6 +125,14 @@ def _key(config: RunConfig) -> tuple[str, int, int]:
     return config.data.model_dump_json(), config.rounds.clients, config.seed
 
 
+def _grouped(rows: tuple[Row, ...], name: str) -> tuple[Row, ...]:
+    """The rows as they are, or if their groups are too many to score by, all in the one group of the data set."""
+    if len({row.group for row in rows}) <= MAX_GROUPS:
+        return rows
+    group = Path(name).expanduser().resolve().name or name
+    return tuple(replace(row, group=group) for row in rows)
+
+
 def _spread(total: int, parts: int) -> list[int]:
     """`total` in `parts` whole numbers that differ by at most one, the larger first."""
     return [total // parts + (i < total % parts) for i in range(parts)]
@@ -129,7 +141,7 @@ def _spread(total: int, parts: int) -> list[int]:
 def _test_config(data: DataConfig) -> DataConfig:
     """The settings under which `data.test` is loaded as ordinary rows."""
     assert data.test is not None
-    plain = data.partition.model_copy(update={"kind": "iid"})
+    plain = data.partition.model_copy(update={"kind": "iid", "key": None})
     if any(mark in data.test for mark in "/\\.~*?"):
         return data.model_copy(update={"name": data.test, "split": "test", "partition": plain})
     if Path(data.name).expanduser().is_file() or data.name == "skills":
@@ -163,4 +175,6 @@ def _loaded(data: str, seed: int) -> Loaded:
 @lru_cache(maxsize=2)
 def _dealt(data: str, clients: int, seed: int) -> tuple[Loaded, list[Indices]]:
     loaded = _loaded(data, seed)
-    return loaded, partition(loaded.rows, DataConfig.model_validate_json(data), clients=clients, seed=seed)
+    config = DataConfig.model_validate_json(data)
+    parts = partition(loaded.rows, config, clients=clients, seed=seed)
+    return replace(loaded, rows=_grouped(loaded.rows, config.name)), parts

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 _SHOWN = 3  # places named in a summary
 
@@ -41,3 +43,10 @@ class Report:
 
 def _places(sources: list[str] | tuple[str, ...]) -> str:
     return ", ".join(sources[:_SHOWN]) + (", ..." if len(sources) > _SHOWN else "")
+
+
+@lru_cache(maxsize=4096)
+def tell(report: Report, whose: str) -> None:
+    """Warn, once for each report, of rows that were left out or cut; nothing if there were none."""
+    if report.dropped or report.truncated:
+        logging.getLogger("fedlora").warning("%s: %s", whose, report.summary())

@@ -16,8 +16,9 @@ class Row:
 
     `instruction` and `input` are the two halves of a single user turn, for prompt templates and classifiers; both are
     empty in a conversation. `label` is set where the data has a label column (then it is also the answer). `group` is
-    the skill, task or label that scores are reported by; `owner` is the natural key that partitions by owner use;
-    `source` says where the row came from (`file:line`, `file:row 7`, `skill:name`).
+    the skill, task or label that scores are reported by, or the data set where those are too many; `owner` is the
+    natural key that partitions by owner use; `source` says where the row came from (`file:line`, `file:row 7`,
+    `skill:name`).
     """
 
     messages: tuple[tuple[str, str], ...]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
+from fedlora.errors import CheckpointError
 from fedlora.report.numbers import decimal, duration, percent, size
 from fedlora.report.page import COMPARISON, STYLE
 
@@ -78,13 +79,19 @@ def compare_table(rows: Sequence[ComparisonRow]) -> str:
 
 
 def write_comparison(folder: Path, rows: Sequence[ComparisonRow]) -> Path:
-    """Write `comparison.html` into `folder`, in one step; returns its path."""
+    """Write `comparison.html` into `folder`, in one step; returns its path. Raises: CheckpointError as `write_page`."""
     return write_page(folder / "comparison.html", compare_table(rows))
 
 
 def write_page(path: Path, text: str) -> Path:
-    """A whole page or the old one: never half of it."""
+    """A whole page or the old one: never half of it. Raises: CheckpointError if the disk refuses."""
     new = path.with_suffix(".new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot write the page: {error.strerror or error}; free some space or allow writing there, and "
+            "write it again"
+        ) from error
     return path

@@ -152,6 +152,12 @@ def _lead(run: Run) -> str:
     if together is not None:
         said.append(f"training on all the data in one place reaches {percent(together)}")
     text = f"For comparison: {', and '.join(said)}. " if said else ""
+    detail = run.references.get("local only", {}).get("detail") or {}
+    held, other = detail.get("score on groups held"), detail.get("score on groups not held")
+    if held is not None and other is not None:
+        groups = "skills" if run.config.data.name == "skills" else "groups"
+        text += f"Alone, a client scores {percent(held)} on the {groups} it holds "
+        text += f"and {percent(other)} on those it does not. "
     moved = [e["bytes_up"] for e in run.rounds if "bytes_up" in e]
     return text + (f"No row left its owner: {size(sum(moved))} of adapter factors did." if moved else "")
 
@@ -265,7 +271,9 @@ def _sections(run: Run) -> list[dict[str, Any]]:
         [Series(name="error", points=missed, tone=2)],
         _error,
     )
-    exact = bool(lost) and not truncation
+    said = ["the rank of what the adapter adds to the base"] if rank else []
+    said += ["what combining the clients' factors costs"] if truncation or aggregation else []
+    kept = ", and ".join(said) + (": every round was merged without loss" if lost and len(said) == 1 and rank else "")
     return [
         {
             "title": "What was learnt",
@@ -280,12 +288,7 @@ def _sections(run: Run) -> list[dict[str, Any]]:
         },
         {
             "title": "What the server keeps",
-            "text": "The rank of what the adapter adds to the base"
-            + (
-                ": every round was merged without loss."
-                if exact
-                else ", and what combining the clients' factors costs."
-            ),
+            "text": f"{kept[:1].upper()}{kept[1:]}.",
             "charts": _drawn(
                 ("Rank", "largest of the adapted layers", rank),
                 ("Truncation error", "of the update, Frobenius norm", truncation),

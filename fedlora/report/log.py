@@ -11,6 +11,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, NotRequired, TypedDict
 
@@ -129,7 +130,10 @@ class RoundEvent(TypedDict):
 
 
 class ReferenceEvent(TypedDict):
-    """Something to compare with: `bare base`, `local only`, `centralised`. The last of a name counts."""
+    """Something to compare with: `bare base`, `local only`, `centralised`. The last of a name counts.
+
+    `detail` of `local only`: `score on groups held` and `score on groups not held`, by the client itself.
+    """
 
     event: Literal["reference"]
     name: str
@@ -137,6 +141,7 @@ class ReferenceEvent(TypedDict):
     loss: NotRequired[float]
     groups: NotRequired[dict[str, Group]]
     seconds: NotRequired[float]
+    detail: NotRequired[dict[str, float]]
 
 
 class EndEvent(TypedDict):
@@ -153,16 +158,20 @@ Event = StartEvent | RoundEvent | ReferenceEvent | EndEvent
 
 
 class RunLog:
-    """Appends events to `folder/metrics.jsonl`. What a crash tore off the end is cut away when it is opened."""
+    """Appends events to `folder/metrics.jsonl`. What a crash tore off the end is cut away when it is opened.
+
+    Raises: CheckpointError, here and below, when the disk refuses.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        if self.path.exists():
-            data = self.path.read_bytes()
-            whole = data.rfind(b"\n") + 1
-            if whole < len(data):
-                _log.warning("%s: the last line was torn by a crash and is cut away", self.path)
-                os.truncate(self.path, whole)
+        with _writing(self.path, "open the run log"):
+            if self.path.exists():
+                data = self.path.read_bytes()
+                whole = data.rfind(b"\n") + 1
+                if whole < len(data):
+                    _log.warning("%s: the last line was torn by a crash and is cut away", self.path)
+                    os.truncate(self.path, whole)
 
     def append(self, event: Event | dict[str, Any]) -> None:
         """Write one event and wait until it is on disk.
@@ -173,16 +182,15 @@ class RunLog:
             if not math.isfinite(value):
                 raise CheckpointError(f"{self.path}: {where} is {value}; leave out what could not be measured")
         line = json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n"
-        size = self.path.stat().st_size if self.path.exists() else 0
-        try:
-            with self.path.open("ab", buffering=0) as file:
-                _write(file.fileno(), line)
-        except OSError as error:
-            if self.path.exists():
-                os.truncate(self.path, size)
-            raise CheckpointError(
-                f"{self.path}: cannot write the {event['event']} event: {error.strerror}; free some space and resume"
-            ) from error
+        with _writing(self.path, f"write the {event['event']} event"):
+            size = self.path.stat().st_size if self.path.exists() else 0
+            try:
+                with self.path.open("ab", buffering=0) as file:
+                    _write(file.fileno(), line)
+            except OSError:
+                if self.path.exists():
+                    os.truncate(self.path, size)
+                raise
 
     def truncate_to(self, round: int) -> None:
         """Forget the rounds after `round` and the end of the run, as a resumed run must; all or nothing on disk."""
@@ -194,14 +202,15 @@ class RunLog:
             if event["event"] != "end" and (event["event"] != "round" or event["round"] <= round)
         ]
         new = self.path.with_suffix(".new")
-        with new.open("wb", buffering=0) as file:
-            _write(file.fileno(), "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept).encode())
-        os.replace(new, self.path)
-        folder = os.open(self.path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        with _writing(self.path, f"cut the run log to round {round}"):
+            with new.open("wb", buffering=0) as file:
+                _write(file.fileno(), "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept).encode())
+            os.replace(new, self.path)
+            folder = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -232,6 +241,17 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}, line {number}: a round event without its number")
         events.append(event)
     return events
+
+
+@contextmanager
+def _writing(path: Path, what: str) -> Iterator[None]:
+    """Raises: CheckpointError for an OSError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot {what}: {error.strerror or error}; free some space or allow writing there, and resume"
+        ) from error
 
 
 def _refuse_constant(text: str) -> float:

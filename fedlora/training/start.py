@@ -9,11 +9,12 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from fedlora.adapter import Adapter, Factors
 from fedlora.errors import BaseMismatch, TrainingError
 from fedlora.rng import public_normal, public_orthonormal, stream
 from fedlora.state import Ask, Header, Layout, Module, TrainPlan, part
 
-__all__ = ["check_plan", "start"]
+__all__ = ["check_plan", "public_pair", "start"]
 
 Float = NDArray[np.float32]
 PROBE_TOLERANCE = 1e-5  # relative to the norm of the checksum
@@ -69,7 +70,7 @@ def start(
             bound = 1 / math.sqrt(module.inp)
             a[name] = (draw.random(shape_a, np.float32) * 2 - 1) * np.float32(bound)
         else:
-            a[name] = _public(plan, name, module, probes, who)
+            a[name] = _public(plan.a_seed, plan.rows, name, module, probes, who)
         if plan.b_from == "given":
             b[name] = _given(given_b, f"B:{name}", name, shape_b, who)
         else:
@@ -88,14 +89,34 @@ def _given(arrays: Mapping[str, NDArray[np.floating]], key: str, name: str, shap
     return arrays[name].astype(np.float32)
 
 
-def _public(plan: TrainPlan, name: str, module: Module, probes: Mapping[str, NDArray[np.floating]], who: str) -> Float:
-    basis, checksum = _basis(plan.a_seed, name, plan.rows, module.inp)
+def public_pair(ask: Ask, header: Header, layout: Layout) -> Adapter:
+    """The pair that an evaluation attaches: B from the ask, A made here. Raises: as `start`, and if there is none."""
+    who = f"client {header.client}, round {header.round}"
+    if ask.public is None:
+        raise TrainingError(f"{who}: the ask has no public pair")
+    b, probes, rows = part(ask.arrays, "B"), part(ask.arrays, "probe"), ask.public.rows
+    return Adapter(
+        {
+            name: Factors(
+                _public(ask.public.seed, rows, name, module, probes, who),
+                _given(b, f"B:{name}", name, (module.out, rows), who),
+                ask.public.scale,
+            )
+            for name, module in layout.modules.items()
+        }
+    )
+
+
+def _public(
+    seed: int, rows: int, name: str, module: Module, probes: Mapping[str, NDArray[np.floating]], who: str
+) -> Float:
+    basis, checksum = _basis(seed, name, rows, module.inp)
     if name not in probes or probes[name].shape != checksum.shape:
         raise TrainingError(f"{who}: a public A needs its checksum probe:{name} of shape {checksum.shape} in the ask")
     off = float(np.linalg.norm(probes[name].astype(np.float64) - checksum))
     if not off <= PROBE_TOLERANCE * max(float(np.linalg.norm(checksum)), 1e-30):
         raise BaseMismatch(
-            f"{who}: the public A of {name} made here from seed {plan.a_seed} is not the server's: checksums differ by "
+            f"{who}: the public A of {name} made here from seed {seed} is not the server's: checksums differ by "
             f"{off:.2e}; do both sides run the same fedlora version?"
         )
     return basis

@@ -137,6 +137,26 @@ class TestFiles:
         with pytest.raises(DataError, match=r"/nowhere\.jsonl: no such file or folder"):
             data.test_rows(config(test=str(tmp_path / "nowhere.jsonl")))
 
+    def test_a_test_file_needs_no_column_of_the_partition_s_key(self, tmp_path):
+        train, test = tmp_path / "train.jsonl", tmp_path / "t.jsonl"
+        train.write_text("".join(f'{{"prompt": "{i}", "response": "b", "clinic": "c{i % 4}"}}\n' for i in range(8)))
+        test.write_text('{"prompt": "a", "response": "b"}\n')
+        run = config(name=str(train), test=str(test), partition={"kind": "natural", "key": "clinic"})
+        assert [row.prompt for row in data.test_rows(run)] == ["a"]
+        assert [sum(counts.values()) for counts in data.describe(run)] == [2] * 4
+
+    @pytest.mark.parametrize(("labels", "grouped"), [(200, False), (201, True)])
+    def test_free_text_labels_are_one_group(self, tmp_path, labels, grouped):
+        path = tmp_path / "notes.jsonl"
+        records = [{"text": f"{i}", "label": f"l{i % labels}"} for i in range(402)]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        run = config(name=str(path), test=str(path), partition={"kind": "iid"})
+        rows = [row for i in range(4) for row in data.client_rows(run, i).train] + data.test_rows(run)
+        wanted = {"notes.jsonl"} if grouped else {f"l{i}" for i in range(labels)}
+        assert set().union(*data.describe(run)) == wanted
+        assert {row.group for row in data.test_rows(run)} == wanted
+        assert all((row.group == "notes.jsonl") == grouped and row.label == row.answer for row in rows)
+
     def test_a_test_split_of_a_folder(self, file, tmp_path):
         file.rename(tmp_path / "train.jsonl")
         (tmp_path / "test.jsonl").write_text('{"instruction": "i", "text": "t", "label": "l1"}\n')

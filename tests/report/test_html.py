@@ -69,6 +69,8 @@ def run_folder(
     end: bool = True,
     groups: int = 12,
     odd: str = "",
+    aggregate: dict[str, float] | None = None,
+    detail: dict[str, float] | None = None,
 ) -> Path:
     config = load_config(overrides=overrides or [])
     (folder / "config.toml").write_text(to_toml(config), encoding="utf-8")
@@ -95,6 +97,8 @@ def run_folder(
             "refused": [{"client": ids[0], "rule": f"shape{odd}", "detail": f"detail{odd}"}] if odd else [],
             "missing": [ids[1]] if odd else [],
         }
+        if aggregate is not None:
+            event["aggregate"] = aggregate
         if evaluate:
             by_group = {f"skill {g}{odd}": {"correct": 8 * share, "counted": 10} for g in range(groups)}
             event["evaluation"] = {"score": 0.8 * share, "loss": 2 - share, "groups": by_group}
@@ -103,7 +107,8 @@ def run_folder(
         log.append(event)
     if references:
         for name, score in (("bare base", 0.03), ("local only", 0.24), ("centralised", 0.86)):
-            log.append({"event": "reference", "name": name, "score": score, "loss": 1.0})
+            reference = {"event": "reference", "name": name, "score": score, "loss": 1.0}
+            log.append(reference | ({"detail": detail} if detail and name == "local only" else {}))
     if end:
         log.append({"event": "end", "seconds": 61.0, "peak_memory_mib": 800.0})
     return folder
@@ -135,6 +140,53 @@ def test_a_whole_run_says_its_result(tmp_path: Path) -> None:
     assert "90.0 kB" in said  # 3 rounds of 10 clients, 1 kB up and 2 kB down
     assert text.count("<svg") == 6 + 10  # charts, and a course for each client
     assert "script" not in read.tags
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "said"),
+    [
+        ({"rank": 4.0}, "The rank of what the adapter adds to the base."),
+        (
+            {"rank": 4.0, "truncation_error_relative": 0.0},
+            "The rank of what the adapter adds to the base: every round was merged without loss.",
+        ),
+        (
+            {"rank": 4.0, "truncation_error_relative": 0.1},
+            "The rank of what the adapter adds to the base, and what combining the clients' factors costs.",
+        ),
+        (
+            {"rank": 4.0, "aggregation_error": 0.1},
+            "The rank of what the adapter adds to the base, and what combining the clients' factors costs.",
+        ),
+        ({"aggregation_error": 0.1}, "What combining the clients' factors costs."),
+        ({}, None),
+    ],
+)
+def test_the_words_about_the_server_fit_its_charts(
+    tmp_path: Path, aggregate: dict[str, float], said: str | None
+) -> None:
+    read, _ = page(run_folder(tmp_path, aggregate=aggregate))
+    if said is None:
+        assert "What the server keeps" not in read.text
+    else:
+        assert f"What the server keeps\n{said}\n" in read.text
+
+
+@pytest.mark.parametrize(("overrides", "noun"), [([], "skills"), (["data.name=a.csv"], "groups")])
+def test_what_a_client_alone_knows_and_does_not(tmp_path: Path, overrides: list[str], noun: str) -> None:
+    detail = {"score on groups held": 0.97, "score on groups not held": 0.0}
+    read, _ = page(run_folder(tmp_path, overrides, detail=detail))
+    said = read.text.replace("\u00a0", " ")
+    assert f"Alone, a client scores 97 % on the {noun} it holds and 0 % on those it does not. No row left" in said
+    assert "Alone, a client" not in page(run_folder(tmp_path, overrides, detail={"score on groups held": 0.97}))[0].text
+
+
+def test_a_page_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "report.html").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"report\.html: cannot write the page: .*; free some space or allow"):
+        write_report(run_folder(tmp_path))
+    with pytest.raises(CheckpointError, match=r"comparison\.html: cannot write the page: No such file"):
+        write_comparison(tmp_path / "nowhere", ROWS)
 
 
 def test_everything_from_the_run_is_escaped(tmp_path: Path) -> None:

@@ -128,6 +128,31 @@ def test_nothing_to_truncate_is_fine(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", ["open", "replace", "fsync"])
+def test_a_disk_that_refuses_while_truncating_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    log = filled(tmp_path)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(
+        CheckpointError, match=r"metrics\.jsonl: cannot cut the run log to round 1: Read-only .* and resume"
+    ):
+        log.truncate_to(1)
+
+
+def test_a_log_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    (tmp_path / FILE).mkdir()
+    with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot open the run log: .*allow writing there"):
+        RunLog(tmp_path)
+    log = RunLog(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"gone/metrics\.jsonl: cannot write the start event: No such file"):
+        log.append(start())
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path, bad: float) -> None:
     log = filled(tmp_path, rounds=1)

@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fedlora.tiny
+from fedlora.data.prompt import PromptFormat
+from fedlora.data.rows import Row
 from fedlora.errors import ConfigError
 from fedlora.tiny import SKILLS, base_path, rows
+from fedlora.tiny.pretrain import CHAT_TEMPLATE
 
 PACKAGE_LIMIT = 12e6  # bytes
 
@@ -156,6 +160,17 @@ def test_the_chat_template_is_exact(tokenizer: Any) -> None:
     asked = "<|user|>Convert to grams\n1.250 kg<|assistant|>"
     assert tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True) == asked
     assert tokenizer.apply_chat_template([user, answer], tokenize=False) == asked + "1250 g<|end|>"
+
+
+def test_turns_that_the_base_does_not_know_are_reported(tokenizer: Any) -> None:
+    with pytest.raises(TemplateError, match="only user and assistant have turns, not system"):
+        tokenizer.apply_chat_template([{"role": "system", "content": "Be brief."}], tokenize=False)
+    talk = (("user", "u"), ("assistant", "a"))
+    talks = [Row(messages=(("system", "s"), *talk), source="f:1"), Row(messages=talk, source="f:2")]
+    kept, report = PromptFormat(tokenizer, None, 64).encode(talks)
+    assert len(kept) == 1
+    assert report.dropped == (("f:1", "no such prompt: the format does not fit this conversation"),)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
 
 
 def exact_match(model: Any, tokenizer: Any, public: bool, each: int) -> float:
