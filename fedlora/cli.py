@@ -390,7 +390,8 @@ class _Display:
             self._say(event["text"])
         elif kind == "reference":
             self._bar.update(self._task, description=f"{event['name']} (no federation), for comparison", total=None)
-            self._say(f"training the reference: {event['name']}")
+            verb = "scoring" if event["name"] == "bare base" else "training"
+            self._say(f"{verb} for comparison: {event['name']}")
         elif kind == "closed":
             self._say(self._round_line(event["summary"]))
 

@@ -82,7 +82,7 @@ def test_the_live_display_of_a_terminal(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("fedlora.cli.console", Console(file=screen, force_terminal=True, width=100, highlight=False))
     call("simulate", *SMALL, "--references", "--out", str(tmp_path / "run"))
     shown = screen.getvalue()
-    for words in ("starting", "answers", "round   2/2", "training the reference: local only"):
+    for words in ("starting", "answers", "round   2/2", "training for comparison: local only"):
         assert words in shown, words
 
 
