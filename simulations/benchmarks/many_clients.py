@@ -23,6 +23,7 @@ def peak(folder: Path, *, clients: int, share: float, rounds: int) -> tuple[floa
         "rounds.fraction": share,
         "rounds.count": rounds,
         "training.local_steps": 5,
+        "training.threads": 1,
         "evaluation.every": 0,
     }
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
