@@ -29,7 +29,8 @@ def peak(folder: Path, *, clients: int, share: float, rounds: int) -> tuple[floa
     words = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "fedlora.cli", "simulate", "--out", str(folder), *words]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    end = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    events = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    end = next(e for e in events if e["event"] == "end")
     return float(end["peak_memory_mib"]), float(end["seconds"])
 
 
