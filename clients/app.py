@@ -6,6 +6,7 @@ flwr run .            (as part of the Flower app that pyproject.toml names)
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from numpy.typing import NDArray
 
 from clients.memory import Memory
 from fedlora.base import Base, load_base
@@ -23,12 +25,13 @@ from fedlora.data import client_rows
 from fedlora.data.prompt import prompt_format
 from fedlora.data.report import tell
 from fedlora.data.rows import TokenRow
-from fedlora.errors import BaseMismatch, FedLoRAError, WireError
+from fedlora.errors import BaseMismatch, BlocksMissing, FedLoRAError, TrainingError, WireError
 from fedlora.evaluation.score import score
+from fedlora.feedback import compress
 from fedlora.state import Answer, Ask, Block, Header, keyed, part
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
-from fedlora.training.start import public_pair
+from fedlora.training.start import personal_pair, public_pair
 from fedlora.wire import blocks_id, decode_ask, encode_answer
 
 require_one_checkout(__file__)
@@ -74,18 +77,30 @@ def _bytes(message: Message) -> bytes:
     return record["bytes"].numpy().tobytes()
 
 
-def respond(config: RunConfig, header: Header, ask: Ask, data: bytes, context: Context) -> bytes:
-    """The answer to one ask, as bytes. Raises: FedLoRAError of the kind that fits."""
+Rows = Callable[[RunConfig, int], tuple[list[TokenRow], list[TokenRow]]]
+
+
+def respond(
+    config: RunConfig, header: Header, ask: Ask, data: bytes, context: Context, *, rows: Rows | None = None
+) -> bytes:
+    """The answer to one ask, as bytes; `rows(config, index)` are what it trains and scores on, by default its own.
+
+    Raises: FedLoRAError of the kind that fits.
+    """
+    rows = rows or encoded
     require_same_code(header.code)
     index = int(context.node_config["partition-id"])
     client = stable_id(index)
     base = resident_base(config.model)
+    where = context.node_config.get("memory") or os.environ.get("FEDLORA_MEMORY")
+    root = Path(str(where)) if where else None
     if header.kind == "hello":
         info: dict[str, Any] = {
             "id": client,
             "rank": config.rank_of(index),
             "base": base.fingerprint,
             "layout": base.layout.to_json(),
+            "keeps": root is not None,
         }
         return encode_answer(header, Answer(info=info, arrays=keyed("head", base.initial_head)))
     if header.client != client:
@@ -95,32 +110,83 @@ def respond(config: RunConfig, header: Header, ask: Ask, data: bytes, context: C
             f"client {client}: its base is {base.fingerprint[:12]}, the run's is {header.base[:12]}. Same model, same "
             "revision, same tokenizer on both sides?"
         )
-    memory = (
-        Memory(Path(str(context.node_config["memory"])), header.run, client)
-        if "memory" in context.node_config
-        else None
-    )
+    memory = Memory(root, header.run, client) if root is not None else None
+    answered = memory.recall(data) if memory and header.kind == "train" else None
+    if answered is not None:
+        return answered
+    ask = replace(ask, blocks=whole_blocks(ask, memory), on=None)
     if header.kind == "train":
-        kept = memory.recall(data) if memory else None
-        if kept is not None:
-            return kept
-        keep = memory is not None and ask.plan is not None and ask.plan.training.optimizer_state == "keep"
-        moments = memory.moments(header.round) if memory and keep else None
-        rows = encoded(config, index)[0]
-        trained = train_client(base, header, ask, rows, threads=threads(config), optimizer=moments)
-        answer = encode_answer(header, trained, config.wire.dtype)
-        if memory and moments is not None:
-            memory.keep_moments(header.round, moments)
+        answer = _train(config, base, header, ask, rows(config, index)[0], memory)
         if memory:
             memory.remember(data, answer)
         return answer
-    blocks = ask.blocks
-    if ask.public is not None:
-        blocks += (Block(adapter=public_pair(ask, header, base.layout).folded(), born=header.version),)
-    attach(base, blocks, blocks_id(blocks), ask.frozen, part(ask.arrays, "head"))
-    held_out = encoded(config, index)[1]
-    metrics = score(base, held_out, batch_size=config.evaluation.batch_size) if held_out else {}
+    held_out = rows(config, index)[1]
+    metrics = _evaluate(config, base, header, ask, held_out, memory) if held_out else {}
     return encode_answer(header, Answer(examples=len(held_out), metrics=metrics))
+
+
+def whole_blocks(ask: Ask, memory: Memory | None) -> tuple[Block, ...]:
+    """All blocks that an ask speaks of: those it carries, after those that it says are here; kept for the next ask.
+
+    Raises: BlocksMissing if they are not here, or are others than the asker thinks.
+    """
+    blocks = ask.blocks
+    if ask.on is not None:
+        if memory is None:
+            raise BlocksMissing("this client has no memory folder, so it holds no blocks; send them whole")
+        blocks = memory.blocks(ask.on) + blocks
+    if ask.whole:
+        if blocks_id(blocks) != ask.whole:
+            raise BlocksMissing(f"the blocks here and in the ask are {blocks_id(blocks)[:12]}, not {ask.whole[:12]}")
+        if memory is not None:
+            memory.keep_blocks(ask.whole, blocks)
+    return blocks
+
+
+def _train(
+    config: RunConfig, base: Base, header: Header, ask: Ask, rows: Sequence[TokenRow], memory: Memory | None
+) -> bytes:
+    """One round's training, with what stays here between rounds: moments, own parts, what the codec left out."""
+    plan = ask.plan
+
+    def before(name: str, needed: bool) -> dict[str, NDArray[np.floating]] | None:
+        return memory.arrays(name, header.round) if memory and needed else None
+
+    moments = before("moments", plan is not None and plan.training.optimizer_state == "keep")
+    kept = before("parts", plan is not None and bool(plan.keep))
+    answer = train_client(base, header, ask, rows, threads=threads(config), optimizer=moments, kept=kept)
+    error = None
+    if plan is not None and (plan.codec != "float32" or plan.top is not None):
+        error = before("error", True)
+        if error is None and not plan.codec.startswith("float"):
+            raise TrainingError(
+                f"{header.client}: the codec {plan.codec} needs a memory folder for what it leaves out, and this "
+                "client has none; give the node one, or use wire.up=float32"
+            )
+        arrays, error = compress(answer.arrays, plan, error or {}, base.layout)
+        answer = replace(answer, arrays=arrays)
+    data = encode_answer(header, answer, "float32" if plan is None else plan.codec)
+    for name, left in (("moments", moments), ("parts", kept), ("error", error)):
+        if memory and left is not None:
+            memory.keep_arrays(name, header.round, left)
+    return data
+
+
+def _evaluate(
+    config: RunConfig, base: Base, header: Header, ask: Ask, rows: Sequence[TokenRow], memory: Memory | None
+) -> Mapping[str, float]:
+    """Sums over the held-out rows, of the blocks and whatever pair the ask speaks of."""
+    extra = [] if ask.frozen is None else [ask.frozen]
+    head = part(ask.arrays, "head")
+    if ask.public is not None:
+        extra.append(public_pair(ask, header, base.layout))
+    if ask.personal is not None:
+        kept = memory.arrays("parts", header.round + 1) if memory else {}
+        own, head = personal_pair(ask, header, base.layout, kept)
+        extra.append(own)
+    blocks = ask.blocks + tuple(Block(adapter=pair.folded(), born=header.version) for pair in extra)
+    attach(base, blocks, blocks_id(blocks), None, head)
+    return score(base, rows, batch_size=config.evaluation.batch_size)
 
 
 def stable_id(index: int) -> str:

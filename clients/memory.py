@@ -1,4 +1,5 @@
-"""What a client keeps between messages, on disk: its last answer, and its optimiser's moments where a plan asks for it.
+"""What a client keeps between messages, on disk: its last answer, the blocks it was sent, and where a plan asks for it
+its optimiser's moments, parts that stay with it, and what its codec left out.
 
 Flower's context is not trusted to survive.
 """
@@ -6,8 +7,11 @@ Flower's context is not trusted to survive.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +19,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedlora.errors import CheckpointError
+from fedlora.errors import BlocksMissing, CheckpointError, WireError
+from fedlora.state import Block
+from fedlora.wire import decode_block, encode_block
 
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,100}")
 _DIGEST = 32  # bytes
@@ -48,47 +54,146 @@ class Memory:
         """
         self._write("answer", hashlib.sha256(ask).digest() + hashlib.sha256(answer).digest() + answer)
 
-    def moments(self, round_: int) -> dict[str, NDArray[np.floating]]:
-        """AdamW's moments as they were after this client's last round before `round_`; empty if there was none.
+    def arrays(self, name: str, round_: int) -> dict[str, NDArray[np.floating]]:
+        """What was kept under `name` after this client's last round before `round_`; empty if there was none.
 
         Raises: CheckpointError if the file is damaged.
         """
-        before = [path for number, path in self._kept_moments() if number < round_]
+        before = [path for number, path in self._kept(name) if number < round_]
         if not before:
             return {}
         try:
             return dict(load(before[-1].read_bytes()))
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise CheckpointError(
-                f"{before[-1]} cannot be read: {error}. Delete the folder to begin with fresh moments."
+                f"{before[-1]} cannot be read: {error}. Delete the file to begin without what it kept."
             ) from error
 
-    def keep_moments(self, round_: int, moments: dict[str, NDArray[np.floating]]) -> None:
-        """Keep the moments after `round_`, and those of one round before, which a repeated round starts from.
+    def keep_arrays(self, name: str, round_: int, arrays: Mapping[str, NDArray[np.floating]]) -> None:
+        """Keep named arrays after `round_`, and those of one round before, which a repeated round starts from.
 
         Raises: CheckpointError if the disk refuses.
         """
-        self._write(f"moments-{round_:06d}", save({k: np.array(x, order="C") for k, x in moments.items()}))
-        for _, path in self._kept_moments()[:-2]:
+        self._write(f"{name}-{round_:06d}", save({k: np.array(x, order="C") for k, x in arrays.items()}))
+        for _, path in self._kept(name)[:-2]:
             path.unlink(missing_ok=True)
 
-    def _kept_moments(self) -> list[tuple[int, Path]]:
-        found = self._folder.glob("moments-[0-9][0-9][0-9][0-9][0-9][0-9]")
-        return sorted((int(path.name.removeprefix("moments-")), path) for path in found)
+    def _kept(self, name: str) -> list[tuple[int, Path]]:
+        found = self._folder.glob(f"{name}-[0-9][0-9][0-9][0-9][0-9][0-9]")
+        return sorted((int(path.name.removeprefix(f"{name}-")), path) for path in found)
 
-    def _write(self, name: str, data: bytes) -> None:
-        partial = self._folder / f"{name}.partial"
+    def blocks(self, which: str) -> tuple[Block, ...]:
+        """The blocks held under the id `which`, in order.
+
+        Raises: BlocksMissing if this client does not hold them (any longer), or a file of them is damaged.
+        """
         try:
-            for folder in (self._folder.parents[1], self._folder.parent, self._folder):
-                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with open(partial, "wb", opener=_private) as file:
-                file.write(data)
-            os.replace(partial, self._folder / name)
+            digests = self._lists()[which]
+            return tuple(self._block(digest) for digest in digests)
+        except (OSError, ValueError, KeyError, WireError) as error:
+            raise BlocksMissing(f"the blocks {which[:12]} are not held here ({error!r}); send them again") from error
+
+    def keep_blocks(self, which: str, blocks: Sequence[Block]) -> None:
+        """Hold `blocks` under the id `which`, beside those held before; the ones before these are let go.
+
+        A block is one file for all clients of this folder: each holds it by a link, and with its last link it goes.
+        Raises: CheckpointError if the disk refuses.
+        """
+        try:
+            before = self._lists()
+        except (OSError, ValueError):
+            before = {}
+        if list(before)[-1:] == [which]:
+            return
+        for block in blocks:
+            _CACHE.put(block.adapter.digest, block)
+            if not (self._folder / f"{block.adapter.digest}.block").exists():
+                self._link(block.adapter.digest, block)
+        before.pop(which, None)
+        lists = dict([*before.items()][-1:]) | {which: [b.adapter.digest for b in blocks]}
+        self._write("blocks", json.dumps(lists).encode())
+        used = {digest for digests in lists.values() for digest in digests}
+        for path in self._folder.glob("*.block"):
+            if path.stem not in used:
+                path.unlink()
+                pooled = self._pool / path.name
+                if pooled.exists() and pooled.stat().st_nlink == 1:
+                    pooled.unlink()
+
+    def _lists(self) -> dict[str, list[str]]:
+        """Id -> digests of blocks, those asked for last at the end."""
+        lists: dict[str, list[str]] = json.loads((self._folder / "blocks").read_text())
+        return lists
+
+    def _block(self, digest: str) -> Block:
+        own = self._folder / f"{digest}.block"
+        block = _CACHE.get(digest) if own.exists() else None
+        if block is None:
+            block = decode_block(own.read_bytes())
+            if block.adapter.digest != digest:
+                raise WireError(f"{own} holds another block than its name says")
+            _CACHE.put(digest, block)
+        return block
+
+    def _link(self, digest: str, block: Block) -> None:
+        pooled = self._pool / f"{digest}.block"
+        try:
+            if not pooled.exists():
+                self._write_in(self._pool, pooled.name, encode_block(block))
+            self._make()
+            os.link(pooled, self._folder / pooled.name)
         except OSError as error:
             raise CheckpointError(
-                f"cannot keep {len(data):,} bytes in {self._folder}: {error.strerror or error}. Free some space or "
+                f"cannot keep a block in {self._folder}: {error.strerror or error}. Free some space or mend the "
+                "permissions."
+            ) from error
+
+    @property
+    def _pool(self) -> Path:
+        return self._folder.parent / ".blocks"  # no client can be called that, see _safe
+
+    def _make(self) -> None:
+        for folder in (self._folder.parents[1], self._folder.parent, self._folder):
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def _write(self, name: str, data: bytes) -> None:
+        self._write_in(self._folder, name, data)
+
+    def _write_in(self, folder: Path, name: str, data: bytes) -> None:
+        partial = folder / f"{name}.partial"
+        try:
+            self._make()
+            folder.mkdir(exist_ok=True, mode=0o700)
+            with open(partial, "wb", opener=_private) as file:
+                file.write(data)
+            os.replace(partial, folder / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot keep {len(data):,} bytes in {folder}: {error.strerror or error}. Free some space or "
                 "mend the permissions."
             ) from error
+
+
+class _Recent:
+    """Blocks that this process read or kept last, by digest, up to a number of bytes: their files need no reading."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._blocks: OrderedDict[str, Block] = OrderedDict()
+
+    def get(self, digest: str) -> Block | None:
+        if digest in self._blocks:
+            self._blocks.move_to_end(digest)
+        return self._blocks.get(digest)
+
+    def put(self, digest: str, block: Block) -> None:
+        self._blocks[digest] = block
+        self._blocks.move_to_end(digest)
+        while len(self._blocks) > 1 and sum(b.adapter.nbytes for b in self._blocks.values()) > self._limit:
+            self._blocks.popitem(last=False)
+
+
+_CACHE = _Recent(limit=256 * 2**20)
 
 
 def _private(path: str, flags: int) -> int:

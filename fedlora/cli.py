@@ -55,7 +55,7 @@ def main() -> None:
 @app.command()
 def simulate(
     scenario: Scenario = None,
-    method: Annotated[str | None, typer.Option(help="fedit, ffa-lora or flora.")] = None,
+    method: Annotated[str | None, typer.Option(help="flora, ffa-lora, fedit, ...; see docs/METHODS.md.")] = None,
     clients: Annotated[int | None, typer.Option(help="How many clients.")] = None,
     rounds: Annotated[int | None, typer.Option(help="How many rounds.")] = None,
     ranks: Annotated[str | None, typer.Option(help="LoRA ranks by client, repeated in turn: 16,8,8,4")] = None,
@@ -118,7 +118,10 @@ def simulate(
 @app.command()
 def compare(
     scenario: Scenario = None,
-    methods: Annotated[str, typer.Option(help="Names with commas between.")] = "fedit,ffa-lora,flora",
+    methods: Annotated[str, typer.Option(help="Names with commas between, or `all`.")] = "fedit,ffa-lora,flora",
+    codecs: Annotated[
+        str | None, typer.Option(help="Codecs of both ways, with commas between: float32,bfloat16,int8,int4.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from the scenario's on.", min=1)] = 3,
     out: Out = None,
     sets: Annotated[
@@ -127,9 +130,9 @@ def compare(
     ] = None,
 ) -> None:
     """Run several methods on several seeds; print and save a table with the local-only and centralised rows."""
-    from fedlora.config import load_config, with_method
+    from fedlora.config import METHOD_NAMES, load_config, with_method
 
-    names = _names(methods)
+    names = list(METHOD_NAMES) if methods.strip() == "all" else _names(methods)
     if not names or len(set(names)) < len(names):
         raise ConfigError(f"--methods needs one or more different names with commas between, got {methods!r}")
     own = [s.partition(":") for s in sets or [] if ":" in s.partition("=")[0]]
@@ -138,7 +141,11 @@ def compare(
     for name, _, _ in own:
         if name not in names:
             raise ConfigError(f"--set {name}:...: no method {name!r} is compared here; there are {methods}")
-    each = [_with(with_method(config, n), [rest for name, _, rest in own if name == n]) for n in names]
+    each = [
+        _with(with_method(config, n), [*wire, *(rest for name, _, rest in own if name == n)])
+        for n in names
+        for wire in ([[f"wire.up={c}", f"wire.down={c}"] for c in _names(codecs)] if codecs is not None else [[]])
+    ]
 
     from fedlora.report.compare import comparison_markdown
     from simulations.compare import compare as run_comparison
@@ -164,12 +171,20 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder (then give --model).")],
     model: Annotated[str | None, typer.Option(help="The base, if not the run's.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows to score on, if not the run's test rows.")] = None,
+    personal: Annotated[
+        bool, typer.Option(help="Each client's held-out rows: the global adapter, its own on top, and half of it.")
+    ] = False,
     sets: Sets = None,
 ) -> None:
     """Score the base and the tuned model on the same rows, group by group."""
     from fedlora.data import test_rows
 
     config, adapter = _tuned(run, model, sets)
+    if personal:
+        if data is not None:
+            raise ConfigError("--personal scores every client on its own held-out rows: leave --data out")
+        _personal_table(config, run)
+        return
     if data is not None:
         config = config.model_copy(update={"data": config.data.model_copy(update={"test": data})})
     base, attach_tuned, attach_bare = _attached(config, adapter)
@@ -194,6 +209,19 @@ def evaluate(
     console.print(table)
 
 
+def _personal_table(config: Any, run: Path) -> None:
+    from simulations.personal import score_personal
+
+    found = score_personal(config, run, (0.0, 0.5, 1.0))
+    table = Table("client", "own rows", "global", "half", "personal")
+    rows = sum(s.rows for s in found)
+    for s in found:
+        table.add_row(escape(s.client), str(s.rows), *(f"{s.scores[w]:.1%}" for w in (0.0, 0.5, 1.0)))
+    means = [sum(s.rows * s.scores[w] for s in found) / rows for w in (0.0, 0.5, 1.0)]
+    table.add_row("all", str(rows), *(f"{x:.1%}" for x in means), style="bold")
+    console.print(table)
+
+
 @app.command()
 def generate(
     run: Annotated[Path, typer.Argument(help="A run folder, or a PEFT adapter folder (then give --model).")],
@@ -207,6 +235,57 @@ def generate(
     """Answer prompts with the base and with the tuned model, side by side (greedy)."""
     config, adapter = _tuned(run, model, sets)
     _side_by_side(config, adapter, prompts or [], max_new_tokens)
+
+
+@app.command()
+def compose(
+    sources: Annotated[
+        list[str], typer.Argument(help="NAME=WEIGHT for each run folder or PEFT adapter folder; NAME alone: weight 1.")
+    ],
+    how: Annotated[
+        str, typer.Option(help="cat (exact sum), task-arithmetic, ties, dare, dare-ties or lorahub (searches weights).")
+    ] = "cat",
+    rank: Annotated[int | None, typer.Option(help="Largest rank that is kept.")] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="cat, task-arithmetic, lorahub: largest share of the norm that may be lost.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="ties: share of entries that is kept; 0.2.")] = None,
+    drop: Annotated[float | None, typer.Option(help="dare, dare-ties: share of entries that is dropped; 0.5.")] = None,
+    coefficient: Annotated[
+        float | None, typer.Option("--lambda", help="task-arithmetic, ties, dare: what the result is multiplied by; 1.")
+    ] = None,
+    examples: Annotated[str | None, typer.Option(help="lorahub: a file of the rows to score weights on.")] = None,
+    evaluations: Annotated[int, typer.Option(help="lorahub: how many weights are tried.", min=1)] = 40,
+    model: Annotated[str | None, typer.Option(help="The base, if sources do not say or say it differently.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what is drawn: dropped entries, tried weights.")] = 0,
+    out: Out = None,
+    sets: Sets = None,
+) -> None:
+    """Combine trained adapters of one base into one, and write it as a PEFT folder."""
+    from fedlora.composing import compose_folders
+    from fedlora.composition import Recipe
+
+    recipe = Recipe(
+        how=how, rank=rank, max_error=max_error, density=density, drop=drop, coefficient=coefficient, seed=seed
+    )
+    done = compose_folders(
+        sources,
+        out or _next_folder("compose"),
+        recipe,
+        model=model,
+        examples=examples,
+        evaluations=evaluations,
+        overrides=sets or [],
+        notify=lambda line: console.print(line, markup=False, soft_wrap=True),
+    )
+    table = Table("source", "weight", "rank")
+    for source, weight in zip(done.sources, done.weights, strict=True):
+        table.add_row(escape(source.name), f"{weight:.4g}", f"{max(source.adapter.ranks.values())}")
+    largest = max(done.result.adapter.ranks.values())
+    table.add_row(f"{how}, error {done.result.relative_error:.2%}", "", f"{largest}", style="bold")
+    console.print(table)
+    for line in (f"adapter: {done.folder}", f"try:     fedlora evaluate {done.folder} --model {done.base}"):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _side_by_side(config: Any, adapter: Path, prompts: Sequence[str], max_new_tokens: int) -> None:
@@ -315,11 +394,11 @@ def _print_result(result: Any) -> None:
         table.add_row(
             reference.name, f"{reference.score:.1%}", f"{reference.loss:.3f}", "", "", f"{reference.seconds:.0f}"
         )
-    if result.score is not None:
+    if result.score is not None or result.own is not None:
         table.add_row(
-            "federated",
-            f"{result.score:.1%}",
-            f"{result.loss:.3f}",
+            "federated" if result.score is not None else "personal, each on its own rows",
+            f"{result.score if result.score is not None else result.own:.1%}",
+            "" if result.loss is None else f"{result.loss:.3f}",
             _megabytes(result.bytes_up),
             _megabytes(result.bytes_down),
             f"{result.seconds:.0f}",

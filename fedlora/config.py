@@ -30,11 +30,24 @@ from fedlora.config_text import (
     wrong_value,
 )
 from fedlora.errors import ConfigError
-from fedlora.state import LocalTraining
+from fedlora.state import Codec, LocalTraining
 
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
-MethodName = Literal["fedit", "ffa-lora", "flora"]
+MethodName = Literal[
+    "fed-sb",
+    "fedex-lora",
+    "fedit",
+    "fedsa-lora",
+    "fedsvd",
+    "ffa-lora",
+    "flexlora",
+    "flora",
+    "frlora",
+    "hetlora",
+    "lora-fair",
+    "rolora",
+]
 
 METHOD_NAMES: Final[tuple[str, ...]] = get_args(MethodName)
 FLOWER_ONLY: Final[Mapping[str, Scalar]] = {
@@ -42,9 +55,47 @@ FLOWER_ONLY: Final[Mapping[str, Scalar]] = {
 }  # keys of Flower's run config that are no setting: the run folder
 _EXCLUSIVE: Final = ("training.local_steps", "training.local_epochs")
 _BELONGS_TO: Final[Mapping[str, tuple[str, ...]]] = {
-    "method.max_rank": ("flora",),
+    "method.max_rank": ("fedex-lora", "flexlora", "flora", "frlora"),
+    "method.max_error": ("fedex-lora", "flexlora", "flora", "frlora"),
     "method.warm_start": ("flora",),
-    "method.task_rank": ("fedit", "ffa-lora"),
+    "method.task_rank": (
+        "fed-sb",
+        "fedex-lora",
+        "fedit",
+        "fedsa-lora",
+        "fedsvd",
+        "ffa-lora",
+        "frlora",
+        "hetlora",
+        "lora-fair",
+        "rolora",
+    ),
+    "method.prune": ("hetlora",),
+    "method.prune_penalty": ("hetlora",),
+    "method.ridge": ("lora-fair",),
+    "method.basis": ("fed-sb",),
+}
+
+
+_MOMENTS_KEPT: Final = ("fedex-lora", "fedit", "fedsa-lora", "ffa-lora", "lora-fair")  # factors go on as they are
+_ONE_BASIS: Final = ("fed-sb", "fedsa-lora", "ffa-lora")  # what moves has one shape and one basis for the whole run
+_CODED: Final = (
+    "fedex-lora",
+    "fedit",
+    "fedsa-lora",
+    "ffa-lora",
+    "flexlora",
+    "flora",
+    "hetlora",
+    "lora-fair",
+    "rolora",
+)  # what a codec leaves out of a message can be added to the next one
+_PAIRS: Final[Mapping[tuple[str, str], tuple[tuple[str, ...], str]]] = {
+    ("server.optimizer", "adam"): (_ONE_BASIS, "element-wise moments need one basis for the whole run"),
+    ("server.optimizer", "yogi"): (_ONE_BASIS, "element-wise moments need one basis for the whole run"),
+    ("server.optimizer", "momentum"): ((*_ONE_BASIS, "flora", "frlora"), "it adds up what moves, factors or blocks"),
+    ("robust.rule", "median"): (("ffa-lora",), "entries mean the same for all clients only under a common frozen A"),
+    ("robust.rule", "trimmed-mean"): (("ffa-lora",), "entries mean the same only under a common frozen A"),
 }
 
 
@@ -154,13 +205,28 @@ class MethodConfig(_Section):
 
     name: MethodName = "flora"
     max_rank: Positive | None = Field(
-        None, description="flora: recompress blocks above this rank; None: the lossless bound"
+        None,
+        description="flora, fedex-lora, frlora: rank kept of the sum; None: all (flexlora: the largest client rank)",
+    )
+    max_error: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None,
+        description="the same: keep the fewest directions that leave an error of at most this share of the sum's norm",
     )
     warm_start: bool = Field(
         False, description="flora: start from the last update's leading directions, for many short rounds"
     )
-    task_rank: Positive | None = Field(
-        None, description="ffa-lora, fedit: rank of the global pair; None: the largest client rank"
+    task_rank: Positive | None = Field(None, description="rank of the global pair; None: the largest client rank")
+    prune: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="hetlora: share of its rank that a client keeps when it prunes itself; None: 0.99; 1: never"
+    )
+    prune_penalty: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="hetlora: weight of the norm of what may be pruned, in the local loss; None: 5e-3"
+    )
+    ridge: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="lora-fair: weight of the size of the correction of B; None: 0.01"
+    )
+    basis: Literal["random", "update"] | None = Field(
+        None, description="fed-sb: orthonormal public bases, or the singular vectors of the first round; None: update"
     )
 
 
@@ -226,8 +292,74 @@ class EvaluationConfig(_Section):
 class WireConfig(_Section):
     """How values travel."""
 
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    up: Codec = Field("float32", description="codec of the clients' answers; what it leaves out is sent next time")
+    down: Codec = Field("float32", description="codec of what is sent down; the run's state itself is rounded to it")
+    top: Positive | None = Field(
+        None, description="flora, flexlora: only so many leading directions of a client's update are sent; None: all"
+    )
     max_bytes: Positive = Field(2_000_000_000, description="larger messages are refused before they are parsed")
+
+
+class ServerConfig(_Section):
+    """An optimiser of the server, over the mean update of each round (Reddi et al., ICLR 2021)."""
+
+    optimizer: Literal["none", "momentum", "adam", "yogi"] = Field(
+        "none", description="momentum: FedAvgM; adam and yogi: only where what moves has one shape and one basis"
+    )
+    rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="server learning rate; None: 1 for momentum, 1e-2 for adam and yogi"
+    )
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    tau: Annotated[float, Field(gt=0)] = Field(1e-3, description="adam, yogi: added to the root of the second moment")
+
+
+class RobustConfig(_Section):
+    """A rule against hostile or broken clients, in product space: it weighs, scales or leaves out whole updates."""
+
+    rule: Literal[
+        "none",
+        "norm-bound",
+        "screen",
+        "krum",
+        "multi-krum",
+        "geometric-median",
+        "centred-clipping",
+        "fltrust",
+        "median",
+        "trimmed-mean",
+    ] = "none"
+    attackers: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.2, description="share of hostile clients that krum, multi-krum and trimmed-mean are set up for"
+    )
+    bound: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="norm-bound, centred-clipping: largest Frobenius norm; None: the round's median norm"
+    )
+    trusted: str | None = Field(None, description="fltrust: id of the client whose update the others are held against")
+
+
+class AttackConfig(_Section):
+    """Hostile clients to test a rule against; `fedlora simulate` and `compare` only."""
+
+    kind: Literal[
+        "none",
+        "sign-flip",
+        "scaling",
+        "gaussian",
+        "label-flip",
+        "little-is-enough",
+        "collusion",
+        "backdoor",
+    ] = "none"
+    share: Annotated[float, Field(ge=0, lt=1)] = Field(0.2, description="of the clients, the first ones by id")
+    strength: Annotated[float, Field(gt=0)] | None = Field(None, description="None: what suits the attack")
+
+
+class PersonalConfig(_Section):
+    """A local adapter on top of the global one, trained by each client after the last round; it never leaves it."""
+
+    steps: int = Field(0, ge=0, description="optimiser steps; 0: none")
+    rank: Positive | None = Field(None, description="None: the client's own")
 
 
 class RunConfig(_Section):
@@ -243,6 +375,10 @@ class RunConfig(_Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     wire: WireConfig = WireConfig()
+    server: ServerConfig = ServerConfig()
+    robust: RobustConfig = RobustConfig()
+    personal: PersonalConfig = PersonalConfig()
+    attack: AttackConfig = AttackConfig()
 
     def rank_of(self, index: int) -> int:
         """The LoRA rank of the client with this index: `lora.ranks`, repeated in turn."""
@@ -302,18 +438,79 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             ("lora.rslora", "lora.alpha"),
             "scales alpha by the root of the rank and lora.alpha is none: set lora.alpha, or leave rslora off",
         )
-    if training.optimizer_state == "keep" and config.method.name == "flora":
-        yield (
-            ("training.optimizer_state", "method.name"),
-            "flora's clients begin each round with other factors, to which kept moments do not belong: use fresh",
-        )
+    yield from _method_conflicts(config)
     for key, methods in _BELONGS_TO.items():
         value = getattr(config.method, key.removeprefix("method."))
         if value not in (None, False) and config.method.name not in methods:
             yield (
                 (key, "method.name"),
-                f"belongs to {' and '.join(methods)}; the method is {config.method.name} and got {shown(value)}",
+                f"belongs to {', '.join(methods)}; the method is {config.method.name} and got {shown(value)}",
             )
+
+
+def _method_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What a method cannot be combined with, and which could."""
+    name, robust, wire = config.method.name, config.robust, config.wire
+    if config.training.optimizer_state == "keep" and name not in _MOMENTS_KEPT:
+        yield (
+            ("training.optimizer_state", "method.name"),
+            f"{name}'s clients begin each round with other factors, to which kept moments do not belong: use fresh, or "
+            f"one of {', '.join(_MOMENTS_KEPT)}",
+        )
+    for (key, value), (methods, why) in _PAIRS.items():
+        section, _, field = key.partition(".")
+        if getattr(getattr(config, section), field) == value and name not in methods:
+            yield (
+                (key, "method.name"),
+                f"{value} goes with {', '.join(methods)} ({why}); the method is {name}",
+            )
+    if robust.rule != "none" and name == "fedsa-lora":
+        yield (
+            ("robust.rule", "method.name"),
+            f"fedsa-lora's B stays with the clients, so nobody can compare their updates: got {robust.rule}; use none, "
+            "or another method",
+        )
+    if robust.rule in ("geometric-median", "centred-clipping", "fltrust") and name == "hetlora":
+        yield (
+            ("robust.rule", "method.name"),
+            f"{robust.rule} is a matter of weights, and hetlora weighs updates by their own norms: use norm-bound, "
+            "screen, krum or multi-krum, or another method",
+        )
+    if (robust.rule == "fltrust") != (robust.trusted is not None):
+        yield (
+            ("robust.trusted", "robust.rule"),
+            "names the client that fltrust holds the others against, e.g. client-00000: set both or neither, got "
+            f"rule {robust.rule} and trusted {shown(robust.trusted)}",
+        )
+    if robust.bound is not None and robust.rule not in ("norm-bound", "centred-clipping"):
+        yield (
+            ("robust.bound", "robust.rule"),
+            f"belongs to norm-bound and centred-clipping; the rule is {robust.rule} and got {shown(robust.bound)}",
+        )
+    if wire.down != "float32" and name == "flexlora":
+        yield (
+            ("wire.down", "method.name"),
+            f"flexlora sends every client a start of its own, rescaled to its rank, which {wire.down} cannot carry: "
+            "use float32 down (wire.up may have a codec), or flora",
+        )
+    for key, codec in (("wire.up", wire.up), ("wire.down", wire.down)):
+        if codec != "float32" and name not in _CODED:
+            yield (
+                (key, "method.name"),
+                f"{codec} goes with {', '.join(_CODED)}; {name}'s factors mean something else in every round (fed-sb's "
+                "are tiny), so what the codec leaves out could not be sent later: use float32",
+            )
+    if wire.top is not None and name not in ("flexlora", "flora"):
+        yield (
+            ("wire.top", "method.name"),
+            f"flora and flexlora send products, which have leading directions; {name} sends changes of factors in a "
+            f"common basis, got {wire.top}: leave it out, or use wire.up=int8 or int4",
+        )
+    if config.personal.steps and name == "fedsa-lora":
+        yield (
+            ("personal.steps", "method.name"),
+            "fedsa-lora's clients have personal adapters already: leave it at 0, or use another method",
+        )
 
 
 def load_config(

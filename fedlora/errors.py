@@ -27,6 +27,10 @@ class WireError(FedLoRAError):
     """A byte string that is not a well-formed Ask, Answer or state."""
 
 
+class BlocksMissing(FedLoRAError):
+    """A client was told to add to blocks that it does not hold; it wants them sent whole."""
+
+
 class AnswerRejected(FedLoRAError):
     """A client's answer that admission refused; `client` and `rule` say who and why."""
 

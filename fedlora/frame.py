@@ -30,7 +30,7 @@ from fedlora.errors import WireError
 T = TypeVar("T")
 
 _MAGIC = b"FLW1"
-_MAX_HEADER = {"ask": 1 << 20, "answer": 1 << 20, "state": 1 << 26}  # bytes of JSON
+_MAX_HEADER = {"ask": 1 << 20, "answer": 1 << 20, "block": 1 << 20, "state": 1 << 26}  # bytes of JSON
 _MAX_TENSORS = 1 << 16  # in one body
 _MAX_ENTRY = 1024  # bytes of a body's table per tensor
 DTYPES: dict[str, np.dtype[Any]] = {

@@ -20,7 +20,8 @@ import numpy as np
 from fedlora.adapter import Adapter, Array, Factors, stack
 from fedlora.errors import AdapterError
 
-Part = Literal["A", "B", "head"]
+Part = Literal["A", "B", "R", "head"]
+Codec = Literal["float32", "float16", "bfloat16", "int8", "int4"]
 Kind = Literal["hello", "train", "evaluate", "error"]  # error: an answer only; its info says what went wrong
 
 
@@ -64,10 +65,14 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """A frozen sum of products (scale 1), and the state version at which it was made."""
+    """A frozen sum of products (scale 1), and the state version at which it was made.
+
+    It holds what was added after version `since` up to version `born`; -1: all from the beginning on.
+    """
 
     adapter: Adapter
     born: int
+    since: int = -1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,8 +157,12 @@ class LocalTraining:
 class TrainPlan:
     """What a client must do with what it was sent; the method that wrote it stays at the server.
 
-    The client's update is `scale * B @ A` on top of the blocks and `frozen` factors of its Ask. `rows` is the rank
-    of the pair it starts from; it trains the first `rank` rows of A and columns of B, the rest stay frozen.
+    The client's update is `scale * B @ A` (with a core, `scale * B @ R @ A`) on top of the blocks and `frozen` factors
+    of its Ask. `rows` is the rank of the pair it starts from; it trains the first `rank` rows of A and columns of B (of
+    the core, its leading `rank x rank` part), the rest stay frozen.
+
+    Parts in `keep` stay at the client: it starts them from what it kept of its last round before this one (where it has
+    nothing of that shape, as the plan says), trains those that `train` names, keeps them and never sends them.
     """
 
     method: str
@@ -164,8 +173,17 @@ class TrainPlan:
     send: tuple[Part, ...]
     changes: tuple[Part, ...] = ()  # parts sent as trained value minus start value, first `rank` rows or columns
     a_from: Literal["given", "fresh", "public"] = "given"
-    b_from: Literal["given", "zero"] = "given"
-    a_seed: int = 0  # of the public generator, when a_from is "public"
+    b_from: Literal["given", "zero", "public"] = "given"
+    a_seed: int = 0  # of the public generator, when a_from or b_from is "public"
+    core: bool = False  # the pair has a core R [rows, rows], given as `R:` arrays
+    keep: tuple[Part, ...] = ()
+    tail: int = 0  # the last trained rows of A and columns of B that `tail_penalty` presses towards zero
+    tail_penalty: float = 0.0  # adds tail_penalty * sum over modules of ||B_tail||_F ||A_tail||_F to the loss
+    codec: Codec = "float32"  # how the answer's arrays travel
+    feedback: Literal["coordinates", "product"] = (
+        "coordinates"  # where the codec's error is remembered, see feedback.py
+    )
+    top: int | None = None  # only so many leading directions of the product are sent; the rest waits in the error
     training: LocalTraining
     progress: tuple[float, float] = (0.0, 1.0)  # of the whole run, at the first and after the last local step
     seed: int = 0
@@ -189,20 +207,39 @@ class Header:
 @dataclass(frozen=True, kw_only=True)
 class PublicPair:
     """A pair `scale * B @ A` to evaluate whose B is in the Ask and whose A `[rows, in]` never travels: every client
-    makes it from the public generator, and checks it against the Ask's `probe:` arrays."""
+    makes it from the public generator, and checks it against the Ask's `probe:` arrays. With `core` B is public too,
+    the product is `scale * B @ R @ A`, and the Ask carries `R:` arrays [rows, rows] instead of B."""
 
     seed: int
     rows: int
+    scale: float
+    core: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class PersonalPair:
+    """A pair `scale * B @ A` of rank `rank` to evaluate that is the client's own: B, and a head, are what it kept; A is
+    the first `rank` rows of the Ask's `A:` arrays, or what it kept where there are none. Who kept nothing adds nothing.
+    """
+
+    rank: int
     scale: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """What one client is asked: blocks of W_eff (the same for all), its own frozen factors, arrays to start from."""
+    """What one client is asked: blocks of W_eff (the same for all), its own frozen factors, arrays to start from.
+
+    With `on`, the id of blocks that the client holds already, `blocks` come after those. `whole` is the id of all of
+    them together (`fedlora.wire.blocks_id`); empty: the client need not hold them any longer than for this ask.
+    """
 
     plan: TrainPlan | None = None  # None in a hello and in an evaluation
     blocks: tuple[Block, ...] = ()
+    on: str | None = None
+    whole: str = ""
     public: PublicPair | None = None  # in an evaluation; a training plan says where its A comes from
+    personal: PersonalPair | None = None  # in an evaluation
     frozen: Adapter | None = None  # added to W_eff for this client alone; products may be negative
     arrays: Mapping[str, Array] = field(default_factory=dict)  # `A:`, `B:`, `head:`, `probe:`
 
@@ -220,11 +257,14 @@ class Answer:
 def expected_shapes(plan: TrainPlan, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every array that an answer to `plan` must carry, no more and no fewer."""
     shapes: dict[str, tuple[int, ...]] = {}
+    rank = plan.rank if plan.top is None else min(plan.top, plan.rank)
     for name, module in layout.modules.items():
         if "A" in plan.send:
-            shapes[f"A:{name}"] = (plan.rank, module.inp)
+            shapes[f"A:{name}"] = (rank, module.inp)
         if "B" in plan.send:
-            shapes[f"B:{name}"] = (module.out, plan.rank)
+            shapes[f"B:{name}"] = (module.out, rank)
+        if "R" in plan.send:
+            shapes[f"R:{name}"] = (plan.rank, plan.rank)
     if "head" in plan.send:
         shapes.update({f"head:{name}": tuple(shape) for name, shape in layout.head.items()})
     return shapes

@@ -1,9 +1,11 @@
 """Every Ask, Answer and state as one byte string: JSON header and safetensors bodies (see frame.py); never pickle.
 
-Arrays travel in the wire dtype (`probe:` always in float32) and arrive as float32; a state keeps its dtypes. Size,
-digest, table, fields, keys, shapes and dtypes are checked in that order, before any array is made. Decoded arrays are
-C-contiguous and **read-only**: where nothing had to be converted they are views of the message, which lives as long
-as they do. Torch wants a copy: `torch.tensor(x)`.
+The wire never rounds: an array of two axes travels in the codec of its message (`fedlora/codec.py`) where that gives it
+back bit for bit, which whoever chose the codec sees to (`fedlora/feedback.py`), and in float32 where it does not, as do
+biases and probes. All arrive as float32; a state keeps its dtypes. Size, digest, table, fields, keys, shapes and
+dtypes are checked in that order, before any array is made. Decoded arrays are C-contiguous and **read-only**: where
+nothing had to be converted they are views of the message, which lives as long as they do. Torch wants a copy:
+`torch.tensor(x)`.
 
 An ask has two bodies; the second holds the blocks, which are the same for all clients of a round and are therefore
 encoded once, by `encode_blocks`.
@@ -18,16 +20,32 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedlora import codec as codecs
 from fedlora.adapter import Adapter, Array, Factors
 from fedlora.errors import AdapterError, WireError
-from fedlora.frame import DTYPES, Body, Table, body, from_json, message, open_message, read_header
-from fedlora.state import Answer, Ask, Block, GlobalState, Header, Layout, Module, PublicPair, Task, TrainPlan
+from fedlora.frame import Body, Table, body, from_json, message, open_message, read_header
+from fedlora.state import (
+    Answer,
+    Ask,
+    Block,
+    Codec,
+    GlobalState,
+    Header,
+    Layout,
+    Module,
+    PersonalPair,
+    PublicPair,
+    Task,
+    TrainPlan,
+)
 
-SavedBlock = tuple[int, Mapping[str, float]]  # born, and the scales that are not 1
+SavedBlock = tuple[int, int, Mapping[str, float]]  # born, since, and the scales that are not 1
 ModuleKind = Literal["linear", "conv1d", "embedding"]
 
+Shapes = dict[str, tuple[int, ...]]  # key -> shape, of arrays that int8 and int4 pack into strings of bytes
+
 _PROBE = "array/probe:"
-_WIRE = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+_DTYPES: Mapping[Codec, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "U8", "int4": "U8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,75 +53,86 @@ class BlocksBody:
     """Blocks encoded once, to go into the ask of every client of a round; made by `encode_blocks`."""
 
     blocks: tuple[Block, ...]
-    dtype: str
+    codec: Codec
     body: Body
     entry: list[int | str]
+    packed: Shapes
 
 
-def encode_blocks(blocks: tuple[Block, ...], dtype: str = "float32") -> BlocksBody:
+def encode_blocks(blocks: tuple[Block, ...], codec: Codec = "float32") -> BlocksBody:
     """The part of an ask that all clients of a round share. Raises: WireError as `encode_ask`."""
     arrays = {key: x for i, block in enumerate(blocks) for key, x in _arrays_of(block.adapter, f"{i}/")}
-    encoded = body(_cast(arrays, dtype))
-    return BlocksBody(blocks=blocks, dtype=dtype, body=encoded, entry=encoded.entry())
+    tensors, packed = _packed(arrays, codec)
+    encoded = body(tensors)
+    return BlocksBody(blocks=blocks, codec=codec, body=encoded, entry=encoded.entry(), packed=packed)
 
 
-def encode_ask(header: Header, ask: Ask, dtype: str = "float32", *, shared: BlocksBody | None = None) -> bytes:
+def encode_ask(header: Header, ask: Ask, codec: Codec = "float32", *, shared: BlocksBody | None = None) -> bytes:
     """One ask as bytes; with `shared` (the same blocks, encoded before) its blocks cost one copy.
 
-    Raises: WireError if a value overflows `dtype`, a number of the plan is not finite, or `shared` is of other blocks.
+    Raises: WireError if a value overflows float32, a number of the plan is not finite, or `shared` is of other blocks.
     """
-    shared = encode_blocks(ask.blocks, dtype) if shared is None else shared
+    shared = encode_blocks(ask.blocks, codec) if shared is None else shared
     same = [b.born for b in shared.blocks] == [b.born for b in ask.blocks] and all(
         x.adapter is y.adapter for x, y in zip(shared.blocks, ask.blocks, strict=True)
     )
-    if not same or shared.dtype != dtype:
+    if not same or shared.codec != codec:
         raise WireError(
-            f"ask to {header.client}: the shared body is of {len(shared.blocks)} blocks in {shared.dtype}, not"
-            f" this ask's {len(ask.blocks)} in {dtype}; call encode_blocks on the blocks of this round"
+            f"ask to {header.client}: the shared body is of {len(shared.blocks)} blocks in {shared.codec}, not"
+            f" this ask's {len(ask.blocks)} in {codec}; call encode_blocks on the blocks of this round"
         )
     arrays = {f"array/{key}": x for key, x in ask.arrays.items()}
     if ask.frozen is not None:
         arrays.update(_arrays_of(ask.frozen, "frozen/"))
-    own = body(_cast(arrays, dtype))
+    tensors, packed = _packed(arrays, codec)
+    own = body(tensors)
     values = {
         "header": asdict(header),
         "plan": None if ask.plan is None else asdict(ask.plan),
-        "blocks": [[b.born, _scales(b.adapter)] for b in ask.blocks],
+        "blocks": [[b.born, b.since, _scales(b.adapter)] for b in ask.blocks],
+        "on": ask.on,
+        "whole": ask.whole,
         "public": None if ask.public is None else asdict(ask.public),
+        "personal": None if ask.personal is None else asdict(ask.personal),
         "frozen": None if ask.frozen is None else _scales(ask.frozen),
-        "dtype": dtype,
+        "codec": codec,
+        "packed": [packed, shared.packed],
     }
     return message("ask", values, [(own, own.entry()), (shared.body, shared.entry)])
 
 
 def decode_ask(data: bytes, *, max_bytes: int) -> tuple[Header, Ask]:
     """The header and ask of a message; arrays float32. Raises: WireError saying what is wrong with the bytes."""
-    names = {"header", "plan", "blocks", "public", "frozen", "dtype"}
-    values, (own, shared) = open_message(data, "ask", max_bytes, names, bodies=2)
-    for table in (own, shared):
-        _require_dtype(table, values["dtype"])
+    names = {"header", "plan", "blocks", "on", "whole", "public", "personal", "frozen", "codec", "packed"}
+    values, tables = open_message(data, "ask", max_bytes, names, bodies=2)
+    own, shared = _arrays_in(tables, values)
     frozen = from_json(Mapping[str, float] | None, values["frozen"], "frozen")
     ask = Ask(
         plan=from_json(TrainPlan | None, values["plan"], "plan"),
-        blocks=_take_blocks(shared, "", from_json(tuple[SavedBlock, ...], values["blocks"], "blocks"), upcast=True),
+        blocks=_take_blocks(shared, "", from_json(tuple[SavedBlock, ...], values["blocks"], "blocks")),
+        on=from_json(str | None, values["on"], "on"),
+        whole=from_json(str, values["whole"], "whole"),
         public=from_json(PublicPair | None, values["public"], "public"),
-        frozen=None if frozen is None else _take_adapter(own, "frozen/", frozen, upcast=True),
-        arrays={key: _upcast(own.take(f"array/{key}")) for key in own.names("array/")},
+        personal=from_json(PersonalPair | None, values["personal"], "personal"),
+        frozen=None if frozen is None else _take_adapter(own, "frozen/", frozen),
+        arrays={key: own.take(f"array/{key}") for key in own.names("array/")},
     )
     own.require_empty()
     shared.require_empty()
     return from_json(Header, values["header"], "header"), ask
 
 
-def encode_answer(header: Header, answer: Answer, dtype: str = "float32") -> bytes:
-    """One answer as bytes. Raises: WireError if a value overflows `dtype`, or a metric or fact is not finite JSON."""
-    own = body(_cast({f"array/{key}": x for key, x in answer.arrays.items()}, dtype))
+def encode_answer(header: Header, answer: Answer, codec: Codec = "float32") -> bytes:
+    """One answer as bytes. Raises: WireError if a value overflows float32, or a metric or fact is not finite JSON."""
+    tensors, packed = _packed({f"array/{key}": x for key, x in answer.arrays.items()}, codec)
+    own = body(tensors)
     values = {
         "header": asdict(header),
         "examples": answer.examples,
         "metrics": {name: float(x) for name, x in answer.metrics.items()},
         "info": dict(answer.info),
-        "dtype": dtype,
+        "codec": codec,
+        "packed": [packed],
     }
     return message("answer", values, [(own, own.entry())])
 
@@ -116,16 +145,15 @@ def decode_answer(
     `expected` (key -> shape, see `state.expected_shapes`) is the exact key set; it is checked before arrays are made.
     Raises: WireError saying what is wrong with the bytes, or which key is missing, extra, or of another shape.
     """
-    values, (own,) = open_message(
-        data, "answer", max_bytes, {"header", "examples", "metrics", "info", "dtype"}, bodies=1
-    )
-    _require_dtype(own, values["dtype"])
+    names = {"header", "examples", "metrics", "info", "codec", "packed"}
+    values, tables = open_message(data, "answer", max_bytes, names, bodies=1)
+    [own] = _arrays_in(tables, values)
     if expected is not None:
-        _require_shapes({key: own.rows[f"array/{key}"].shape for key in own.names("array/")}, expected)
+        _require_shapes({key: own.shape(f"array/{key}") for key in own.names("array/")}, expected)
     answer = Answer(
         examples=from_json(int, values["examples"], "examples"),
         metrics=from_json(Mapping[str, float], values["metrics"], "metrics"),
-        arrays={key: _upcast(own.take(f"array/{key}")) for key in own.names("array/")},
+        arrays={key: own.take(f"array/{key}") for key in own.names("array/")},
         info=from_json(Mapping[str, Any], values["info"], "info"),
     )
     own.require_empty()
@@ -153,7 +181,7 @@ def encode_state(state: GlobalState) -> bytes:
             {
                 "name": task.name,
                 "pair": None if task.pair is None else _scales(task.pair),
-                "blocks": [[b.born, _scales(b.adapter)] for b in task.blocks],
+                "blocks": [[b.born, b.since, _scales(b.adapter)] for b in task.blocks],
                 "extras": list(task.extras),
                 "public_seed": task.public_seed,
                 "sealed": task.sealed,
@@ -220,12 +248,37 @@ class _SavedTask:
     statistics: tuple[tuple[str, float], ...]
 
 
+def encode_block(block: Block) -> bytes:
+    """One block as bytes, lossless, for a client that keeps it. Raises: WireError as `encode_ask`."""
+    whole = body(dict(_arrays_of(block.adapter, "")))
+    values = {"born": block.born, "since": block.since, "scales": _scales(block.adapter)}
+    return message("block", values, [(whole, whole.entry())])
+
+
+def decode_block(data: bytes) -> Block:
+    """The block that `encode_block` wrote. Raises: WireError if the bytes are damaged or are no block."""
+    values, (table,) = open_message(data, "block", len(data), {"born", "since", "scales"}, bodies=1)
+    scales = from_json(Mapping[str, float], values["scales"], "scales")
+    block = Block(
+        adapter=_take_adapter(table, "", scales),
+        born=from_json(int, values["born"], "born"),
+        since=from_json(int, values["since"], "since"),
+    )
+    table.require_empty()
+    return block
+
+
 def blocks_id(blocks: Iterable[Block]) -> str:
     """SHA-256 over the content of the blocks in order (not over when they were born): the same for the same W_eff.
 
     Each adapter remembers its own digest, so that asking again costs nothing.
     """
-    return hashlib.sha256("".join(block.adapter.digest for block in blocks).encode()).hexdigest()
+    return digests_id(block.adapter.digest for block in blocks)
+
+
+def digests_id(digests: Iterable[str]) -> str:
+    """The id of blocks whose digests are known: `blocks_id(blocks) == digests_id(b.adapter.digest for b in blocks)`."""
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _arrays_of(adapter: Adapter, prefix: str) -> Iterator[tuple[str, Array]]:
@@ -239,7 +292,26 @@ def _scales(adapter: Adapter) -> dict[str, float]:
     return {name: float(f.scale) for name, f in adapter.items() if f.scale != 1.0}
 
 
-def _take_adapter(table: Table, prefix: str, scales: Mapping[str, float], upcast: bool = False) -> Adapter:
+class _Arrays:
+    """The arrays of one body of a message, out of its codec, as float32; each to be taken once."""
+
+    def __init__(self, table: Table, codec: Codec, packed: Mapping[str, tuple[int, ...]]) -> None:
+        self._table, self._codec, self._packed = table, codec, packed
+        self.names, self.require_empty = table.names, table.require_empty
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._packed[key] if key in self._packed else self._table.rows[key].shape
+
+    def take(self, key: str) -> Array:
+        x = self._table.take(key)
+        if key not in self._packed:
+            return _upcast(x)
+        y = codecs.dequantise(x, self._packed[key], self._codec, key.removeprefix("array/"))
+        y.flags.writeable = False
+        return y
+
+
+def _take_adapter(table: Table | _Arrays, prefix: str, scales: Mapping[str, float]) -> Adapter:
     names = table.names(f"{prefix}a/")
     if not set(scales) <= set(names):
         raise WireError(f"scales for modules that are not there: {sorted(set(scales) - set(names))[:5]}")
@@ -247,35 +319,82 @@ def _take_adapter(table: Table, prefix: str, scales: Mapping[str, float], upcast
     for name in names:
         a, b = table.take(f"{prefix}a/{name}"), table.take(f"{prefix}b/{name}")
         try:
-            modules[name] = Factors(*((_upcast(a), _upcast(b)) if upcast else (a, b)), scales.get(name, 1.0))
+            modules[name] = Factors(a, b, scales.get(name, 1.0))
         except AdapterError as error:
             raise WireError(f"{name}: {error}") from error
     return Adapter(modules)
 
 
-def _take_blocks(table: Table, prefix: str, saved: Sequence[SavedBlock], upcast: bool = False) -> tuple[Block, ...]:
+def _take_blocks(table: Table | _Arrays, prefix: str, saved: Sequence[SavedBlock]) -> tuple[Block, ...]:
     return tuple(
-        Block(adapter=_take_adapter(table, f"{prefix}{j}/", scales, upcast), born=born)
-        for j, (born, scales) in enumerate(saved)
+        Block(adapter=_take_adapter(table, f"{prefix}{j}/", scales), born=born, since=since)
+        for j, (born, since, scales) in enumerate(saved)
     )
 
 
-def _cast(arrays: Mapping[str, Array], dtype: str) -> dict[str, Array]:
-    """Arrays in the wire dtype, probes in float32. Raises: WireError naming the array that overflows."""
-    if dtype not in _WIRE:
-        raise WireError(f"unknown wire dtype {dtype!r}; known: {', '.join(_WIRE)}")
-    cast: dict[str, Array] = {}
+def _packed(arrays: Mapping[str, Array], codec: Codec) -> tuple[dict[str, Array], Shapes]:
+    """Arrays as they travel, and the shapes of those that became strings of bytes.
+
+    Raises: WireError naming the array that overflows float32, or for an unknown codec.
+    """
+    if codec not in _DTYPES:
+        raise WireError(f"unknown wire codec {codec!r}; known: {', '.join(_DTYPES)}")
+    tensors: dict[str, Array] = {}
+    shapes: Shapes = {}
     for key, x in arrays.items():
-        target = DTYPES["F32" if key.startswith(_PROBE) else _WIRE[dtype]]
-        with np.errstate(over="ignore"):
-            y = x.astype(target, copy=False)
-        if y is not x and not np.isfinite(y).all() and np.isfinite(x[~np.isfinite(y)]).any():
+        name = key.removeprefix("array/")
+        y = _float32(x, name)
+        if codec != "float32" and y.ndim == 2 and not key.startswith(_PROBE) and _is_lossless(y, codec, name):
+            tensors[key] = codecs.quantise(y, codec, name)
+            if _DTYPES[codec] == "U8":
+                shapes[key] = (int(y.shape[0]), int(y.shape[1]))
+        else:
+            tensors[key] = y
+    return tensors, shapes
+
+
+def _is_lossless(x: Array, codec: Codec, name: str) -> bool:
+    """A value that is not finite, or overflows the codec, travels in float32: the wire does not judge."""
+    try:
+        return codecs.lossless(x, codec, name)
+    except WireError:
+        return False
+
+
+def _float32(x: Array, name: str) -> Array:
+    with np.errstate(over="ignore"):
+        y = x.astype(np.float32, copy=False)
+    if y is not x and not np.isfinite(y).all() and np.isfinite(x[~np.isfinite(y)]).any():
+        raise WireError(f"{name}: {float(np.abs(x[np.isfinite(x)]).max()):.6g} overflows float32")
+    return y
+
+
+def _arrays_in(tables: Sequence[Table], values: Mapping[str, Any]) -> list[_Arrays]:
+    """The bodies of a message, out of its codec. Raises: WireError for a dtype or packed shape that is not its own."""
+    codec: Codec = from_json(Codec, values["codec"], "codec")
+    packed = from_json(tuple[Mapping[str, tuple[int, int]], ...], values["packed"], "packed")
+    if len(packed) != len(tables):
+        raise WireError(f"packed: expected the shapes of {len(tables)} bodies, got {len(packed)}")
+    arrays = []
+    for table, shapes in zip(tables, packed, strict=True):
+        strangers = sorted(shapes.keys() - table.rows.keys())
+        if strangers or (shapes and _DTYPES[codec] != "U8"):
             raise WireError(
-                f"{key.removeprefix('array/')}: {float(np.abs(x[np.isfinite(x)]).max()):.6g} overflows {target.name};"
-                " choose bfloat16 or float32 (wire.dtype)"
+                f"packed: shapes of arrays that are not there, or not packed: {strangers or sorted(shapes)[:5]}"
             )
-        cast[key] = y
-    return cast
+        for key, tensor in table.rows.items():
+            name = key.removeprefix("array/")
+            right = {"U8"} if key in shapes else {"F32", _DTYPES[codec]} - {"U8"}
+            if tensor.dtype not in right:
+                raise WireError(f"{name} has dtype {tensor.dtype}, this message's are {', '.join(sorted(right))}")
+            if key.startswith(_PROBE) and tensor.dtype != "F32":
+                raise WireError(f"{name} has dtype {tensor.dtype}; probes travel in float32")
+            if key in shapes and tensor.shape != codecs.packed(shapes[key], codec, name)[1]:
+                raise WireError(
+                    f"{name}: {tensor.shape[0] if tensor.shape else 0} bytes do not hold {codec} {shapes[key]}"
+                )
+        arrays.append(_Arrays(table, codec, shapes))
+    return arrays
 
 
 def _upcast(x: Array) -> Array:
@@ -285,16 +404,6 @@ def _upcast(x: Array) -> Array:
     y = x.astype(np.float32)
     y.flags.writeable = False
     return y
-
-
-def _require_dtype(table: Table, dtype: object) -> None:
-    """Raises WireError unless every array has the message's wire dtype (probes: float32)."""
-    if not isinstance(dtype, str) or dtype not in _WIRE:
-        raise WireError(f"unknown wire dtype {dtype!r}; known: {', '.join(_WIRE)}")
-    for key, tensor in table.rows.items():
-        right = "F32" if key.startswith(_PROBE) else _WIRE[dtype]
-        if tensor.dtype != right:
-            raise WireError(f"{key.removeprefix('array/')} has dtype {tensor.dtype}, this message's is {right}")
 
 
 def _require_shapes(got: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

@@ -48,7 +48,7 @@ def evaluation_ask(state: GlobalState) -> Ask:
     if task.pair is None:
         return Ask(blocks=blocks, arrays=head)
     if task.public_seed is None:
-        return Ask(blocks=(*blocks, Block(adapter=task.pair.folded(), born=state.version)), arrays=head)
+        return Ask(blocks=blocks, frozen=task.pair, arrays=head)
     probes = {n: checksum(f, n, task.public_seed) for n, f in task.pair.items()}
     arrays = keyed("B", {n: f.b for n, f in task.pair.items()}) | keyed("probe", probes) | head
     first = next(iter(task.pair.values()))

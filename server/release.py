@@ -33,10 +33,11 @@ def release(folder: Path, state: GlobalState, config: RunConfig, *, run: str, ro
     """Write `adapter/` (PEFT, scale folded in) and `manifest.json`. Needs peft; byte-identical for identical states."""
     from fedlora.peft_bridge import save_adapter  # peft brings torch, which a server that only aggregates may lack
 
-    target = folder / "adapter"
+    method, target = get(config.method.name), folder / "adapter"
+    shared = method.released(state)
     save_adapter(
         target,
-        compact(get(config.method.name).released(state)),
+        shared if method.personal else compact(shared),  # a personal method's B is zero: its A is what is shared
         state.layout,
         base_name=config.model.name,
         task_type=config.model.task_type,

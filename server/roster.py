@@ -35,6 +35,7 @@ class Enrolled:
 
     member: Member
     node: int
+    keeps: bool = False  # it holds the blocks that it was sent
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Hello:
     layout: Layout
     digest: str  # of the layout
     head: Mapping[str, Array]  # the base's own, as it was loaded; empty if the layout has none
+    keeps: bool
 
 
 class Roster:
@@ -183,7 +185,7 @@ class Roster:
             return Refusal(
                 name, "same id twice", f"node {self.clients[name].node} has it already; every client needs its own id"
             )
-        self.clients[name] = Enrolled(Member(id=name, rank=rank, scale=self._config.scale_of(rank)), node)
+        self.clients[name] = Enrolled(Member(id=name, rank=rank, scale=self._config.scale_of(rank)), node, hello.keeps)
         return None
 
     def members(self) -> tuple[Member, ...]:
@@ -223,6 +225,7 @@ def _hello(answer: Answer) -> Hello:
         layout=parsed,
         digest=parsed.digest,
         head=own,
+        keeps=from_json(bool, info.get("keeps", False), "keeps"),
     )
 
 

@@ -6,10 +6,11 @@ the Grid, admits and spools the answers, has the clients evaluate, logs, and che
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,17 +22,30 @@ from flwr.serverapp import Grid
 
 from fedlora.code import code_digest
 from fedlora.config import RunConfig, flat, local_training
-from fedlora.errors import AnswerRejected, RoundFailed
-from fedlora.report.log import RunLog
-from fedlora.state import Answer, Ask, GlobalState, Header, Kind, Part, expected_shapes
+from fedlora.errors import AnswerRejected, BlocksMissing, RoundFailed
+from fedlora.report.log import RunLog, read_log
+from fedlora.rng import stream
+from fedlora.state import (
+    Answer,
+    Ask,
+    GlobalState,
+    Header,
+    Kind,
+    Part,
+    PersonalPair,
+    TrainPlan,
+    expected_shapes,
+)
 from fedlora.wire import BlocksBody, decode_answer, encode_ask, encode_blocks
 from server import checkpoint
 from server.admission import admit
 from server.evaluate import Evaluator, evaluation_ask, summary
 from server.exchange import Asked, Failure, exchange
+from server.holdings import OWNER, Holdings, Offer
 from server.roster import Refusal, Roster, sample
 from server.spool import Spool
-from strategies.base import Closed, Cohort, Member, Method, get
+from strategies.base import Closed, Cohort, Member, Method, head_start
+from strategies.configured import configured
 
 __all__ = ["SPOOL_MEMORY", "Conductor", "Evaluator", "Notify", "Tally", "evaluation_ask", "summary"]
 
@@ -62,7 +76,8 @@ class Conductor:
         self._run = run
         self._evaluator = evaluator if config.evaluation.server else None
         self._notify = notify
-        self._method: Method = get(config.method.name)
+        self._method: Method = configured(config)
+        self._holdings = Holdings()
         self._log = RunLog(folder)
 
     def conduct(self) -> GlobalState:
@@ -74,7 +89,7 @@ class Conductor:
         started = time.monotonic()
         shutil.rmtree(self._spool, ignore_errors=True)  # answers of a round that a crash cut short
         resumed = checkpoint.latest(self._checkpoints)
-        if resumed is not None and resumed[0] >= self._config.rounds.count:
+        if resumed is not None and resumed[0] >= self._config.rounds.count and not self._personal_left():
             return resumed[1]
         roster = Roster(
             self._grid,
@@ -97,6 +112,7 @@ class Conductor:
             checkpoint.save(self._checkpoints, 0, state)
         else:
             done, state = resumed
+        self._holdings = Holdings(state.memory.get(OWNER), codec=self._config.wire.down)
         self._log.truncate_to(done)
         self._log.append(self._start_event(roster, done, tally.refused))
         self._notify(
@@ -107,6 +123,8 @@ class Conductor:
             if number > done + 1:
                 self._refuse(tally, roster.refresh())
             state = self._round(number, state, roster, tally)
+        if self._personal_left():
+            self._personalise(state, roster)
         self._notify({"event": "done", "seconds": time.monotonic() - started})
         return state
 
@@ -117,10 +135,12 @@ class Conductor:
         members = sample(roster.members(), self._config, number)
         self._notify({"event": "round", "round": number, "clients": len(members)})
         event: dict[str, Any] = {"event": "round", "round": number, "clients": []}
+        facts: Mapping[str, Mapping[str, float]] = {}
         if members:  # an empty Poisson sample leaves the state as it is
             closed, event["clients"] = self._train(number, state, members, roster, tally)
             state = closed.state
             event["aggregate"] = {k: v for k, v in closed.report.items() if math.isfinite(v)}
+            facts = closed.clients
         every, last = self._config.evaluation.every, number == self._config.rounds.count
         if (members or self._evaluator) and (last or (every and number % every == 0)):
             event["evaluation"] = self._evaluate(number, state, members, roster, tally)
@@ -128,6 +148,7 @@ class Conductor:
         for client in event["clients"]:
             name = client["id"]
             client |= {"rank": ranks[name], "bytes_down": tally.down[name], "bytes_up": tally.up[name]}
+            client |= facts.get(name, {})
         event |= {
             "version": state.version,
             "bytes_down": sum(tally.down.values()),
@@ -136,6 +157,7 @@ class Conductor:
             "missing": sorted(tally.missing),
             "seconds": time.monotonic() - began,
         }
+        state = replace(state, memory={**state.memory, OWNER: self._holdings.memory()})
         self._log.append(event)
         checkpoint.save(self._checkpoints, number, state)
         self._notify({"event": "closed", "round": number, "summary": event})
@@ -204,8 +226,8 @@ class Conductor:
 
         Who did not answer the training at all is not asked again: that could cost another deadline.
         """
-        ask = evaluation_ask(state)
-        asks = {m.id: ask for m in members if m.id not in tally.missing}
+        common = evaluation_ask(state) if self._method.evaluation is None else None
+        asks = {m.id: common or self._evaluation(state, m) for m in members if m.id not in tally.missing}
         spool, told = self._ask("evaluate", number, 0, 0, state, asks, roster, tally)
         spool.clear()
         sums: dict[str, float] = {}
@@ -214,9 +236,65 @@ class Conductor:
                 sums[key] = sums.get(key, 0.0) + value
         result = summary(sums)
         result["clients"] = {c["id"]: summary(c["metrics"], groups=False) for c in told}
-        if self._evaluator is not None:
+        if self._evaluator is not None and not self._method.personal:
             result["server"] = summary(self._evaluator(state))
         return result
+
+    def _evaluation(self, state: GlobalState, member: Member) -> Ask:
+        assert self._method.evaluation is not None
+        return self._method.evaluation(state, member)
+
+    def _personal_left(self) -> bool:
+        """Whether the clients still have to train their local adapters."""
+        done = any(e["event"] == "personal" for e in read_log(self._log.path.parent))
+        return self._config.personal.steps > 0 and not done
+
+    def _personalise(self, state: GlobalState, roster: Roster) -> None:
+        """Every client trains a local adapter on the global one and keeps it; both are scored on its own rows."""
+        number, steps = self._config.rounds.count + 1, self._config.personal.steps
+        training = replace(local_training(self._config), local_steps=steps, local_epochs=None, optimizer_state="fresh")
+        common = evaluation_ask(state)
+        head: tuple[Part, ...] = ("head",) if state.layout.head else ()
+        asks: dict[str, Ask] = {}
+        own: dict[str, Ask] = {}
+        for m in roster.members():
+            rank = self._config.personal.rank or m.rank
+            plan = TrainPlan(
+                method="personal",
+                rank=rank,
+                rows=rank,
+                scale=m.scale,
+                train=("A", "B", *head),
+                send=(),
+                keep=("A", "B", *head),
+                a_from="fresh",
+                b_from="zero",
+                training=training,
+                seed=int(stream(self._config.seed, "personal", m.id).integers(2**53)),
+            )
+            pair = state.open_task.pair
+            asks[m.id] = Ask(plan=plan, blocks=common.blocks, frozen=pair, arrays=head_start(state))
+            own[m.id] = replace(common, personal=PersonalPair(rank=rank, scale=m.scale))
+        tally = Tally()
+        self._notify({"event": "personal", "clients": len(asks)})
+        trained, told = self._ask("train", number, 0, 0, state, asks, roster, tally)
+        trained.clear()
+        scores: list[dict[str, dict[str, Any]]] = []
+        for phase, each in enumerate((dict.fromkeys(own, common), own)):
+            there = {c["id"]: each[c["id"]] for c in told}
+            spool, measured = self._ask("evaluate", number, 0, phase, state, there, roster, tally)
+            spool.clear()
+            scores.append({c["id"]: summary(c["metrics"], groups=False) for c in measured})
+        clients = [
+            {
+                **client,
+                "global": scores[0].get(client["id"], {}),
+                "personal": scores[1].get(client["id"], {}),
+            }
+            for client in told
+        ]
+        refused = [vars(r) for r in sorted(tally.refused, key=lambda r: r.client)]
+        self._log.append({"event": "personal", "steps": steps, "clients": clients, "refused": refused})
 
     def _ask(
         self,
@@ -242,14 +320,16 @@ class Conductor:
             phase=phase,
             code=code_digest(),
         )
+        asks = {c: self._coded(ask) for c, ask in asks.items()}
         shapes: dict[tuple[int, tuple[Part, ...]], dict[str, tuple[int, ...]]] = {}  # few: plans share rank and parts
-        shared: list[BlocksBody] = []  # the blocks are the same for all, so they are encoded once, when first needed
+        bodies: dict[tuple[int, ...], BlocksBody] = {}  # few: clients lack the same blocks, which are encoded once
+        offers: dict[str, Offer] = {}
 
         def expected(client: str) -> dict[str, tuple[int, ...]]:
             plan = asks[client].plan
             if plan is None:
                 return {}
-            if (plan.rank, plan.send) not in shapes:
+            if (plan.rank, plan.send) not in shapes:  # the codec and the cut are the same for all
                 shapes[plan.rank, plan.send] = expected_shapes(plan, state.layout)
             return shapes[plan.rank, plan.send]
 
@@ -257,10 +337,15 @@ class Conductor:
             return decode_answer(data, max_bytes=wire.max_bytes, expected=expected(client))[1]
 
         def payload(client: str) -> bytes:
-            ask = asks[client]
-            if not shared or list(map(id, shared[0].blocks)) != list(map(id, ask.blocks)):
-                shared[:] = [encode_blocks(ask.blocks, wire.dtype)]
-            return encode_ask(replace(common, client=client), ask, wire.dtype, shared=shared[0])
+            offer = self._holdings.offer(client, asks[client].blocks, state.version)
+            if not roster.clients[client].keeps:
+                offer = replace(offer, whole="")
+            offers[client] = offer
+            ask = replace(asks[client], blocks=offer.blocks, on=offer.on, whole=offer.whole)
+            key = tuple(map(id, ask.blocks))
+            if key not in bodies:
+                bodies[key] = encode_blocks(ask.blocks, wire.down)
+            return encode_ask(replace(common, client=client), ask, wire.down, shared=bodies[key])
 
         spool = Spool(self._spool, decode, memory_limit=SPOOL_MEMORY)
         told: dict[str, dict[str, Any]] = {}
@@ -268,14 +353,19 @@ class Conductor:
         gone = sorted(asks.keys() - roster.clients.keys())
         tally.missing.update(gone)
         self._refuse(tally, (Refusal(c, "node unavailable", "it left after the round began") for c in gone))
-        for client, data, sent in exchange(
-            self._grid,
-            [Asked(c, roster.clients[c].node, partial(payload, c)) for c in here],
-            message_type=MessageType.TRAIN if kind == "train" else MessageType.EVALUATE,
-            group=str(number),
-            deadline=self._config.rounds.deadline,
-            in_flight=self._config.rounds.in_flight,
-        ):
+
+        def replies(clients: Iterable[str]) -> Iterator[tuple[str, bytes | Failure, int]]:
+            return exchange(
+                self._grid,
+                [Asked(c, roster.clients[c].node, partial(payload, c)) for c in clients],
+                message_type=MessageType.TRAIN if kind == "train" else MessageType.EVALUATE,
+                group=str(number),
+                deadline=self._config.rounds.deadline,
+                in_flight=self._config.rounds.in_flight,
+            )
+
+        again: list[str] = []  # who lost its blocks, and is asked once more with all of them
+        for client, data, sent in itertools.chain(replies(here), itertools.chain.from_iterable(map(replies, [again]))):
             tally.down[client] = tally.down.get(client, 0) + sent
             if isinstance(data, Failure):
                 if data.rule not in ("malformed", "second answer"):
@@ -288,8 +378,15 @@ class Conductor:
                     data, replace(common, client=client), expected=expected(client), max_bytes=wire.max_bytes
                 )
             except AnswerRejected as error:
-                self._refuse(tally, [Refusal(client, error.rule, error.detail)])
+                if error.rule == BlocksMissing.__name__ and client not in again:
+                    self._holdings.lost(client)
+                    again.append(client)
+                    self._notify({"event": "again", "round": number, "client": client, "reason": error.detail})
+                else:
+                    self._refuse(tally, [Refusal(client, error.rule, error.detail)])
                 continue
+            if offers[client].whole:
+                self._holdings.accepted(client, offers[client])
             spool.put(client, data)
             measures = dict(answer.metrics) if kind == "train" else {"metrics": dict(answer.metrics)}
             told[client] = {**measures, "id": client, "examples": answer.examples}
@@ -297,6 +394,14 @@ class Conductor:
                 {"event": "answer", "kind": kind, "round": number, "client": client, "metrics": answer.metrics}
             )
         return spool, [told[c] for c in sorted(told)]
+
+    def _coded(self, ask: Ask) -> Ask:
+        """The ask with the codec that its answer travels in."""
+        if ask.plan is None:
+            return ask
+        wire = self._config.wire
+        top = wire.top if ask.plan.feedback == "product" else None
+        return replace(ask, plan=replace(ask.plan, codec=wire.up, top=top))
 
     def _refuse(self, tally: Tally, refusals: Iterable[Refusal]) -> None:
         for refusal in refusals:

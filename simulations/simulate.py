@@ -26,7 +26,9 @@ from fedlora.report.log import RunLog, read_log
 from server.app import run
 from server.evaluate import TestRows
 from simulations.engine import LocalGrid
+from simulations.personal import export_personal, has_personal
 from simulations.references import Reference, bare_base, centralised, local_only, scored_rows
+from strategies.base import get
 
 Notify = Callable[[dict[str, Any]], None]
 MAKE = {"local only": local_only, "centralised": centralised}
@@ -37,7 +39,8 @@ class Result:
     """What a run came to, at its last round."""
 
     folder: Path
-    score: float | None
+    score: float | None  # of the server's test rows, or without any (or under a personal method) as `own`
+    own: float | None  # of the clients' held-out rows, each client its own
     loss: float | None
     bytes_up: int
     bytes_down: int
@@ -63,7 +66,7 @@ def simulate(
     log = RunLog(folder)
     rounds = [e for e in read_log(folder) if e["event"] == "round"]
     last: dict[str, Any] = next((e["evaluation"] for e in reversed(rounds) if "evaluation" in e), {})
-    final = last.get("server", last)
+    final = last.get("server", {} if test and get(config.method.name).personal else last)
     seconds = time.monotonic() - started
     end: dict[str, Any] = {
         "event": "end",
@@ -72,7 +75,10 @@ def simulate(
     }
     log.append(end | {k: final[k] for k in ("score", "loss") if k in final})
     write_report(folder)
-    shutil.rmtree(folder / "clients", ignore_errors=True)  # answers that only a crash would have needed again
+    if has_personal(config):
+        export_personal(config, folder)
+    else:
+        shutil.rmtree(folder / "clients", ignore_errors=True)  # answers that only a crash would have needed again
     made: list[Reference] = []
     wanted = (["bare base"] if bare else []) + list(references)
     try:
@@ -88,6 +94,7 @@ def simulate(
     return Result(
         folder=folder,
         score=final.get("score"),
+        own=last.get("score"),
         loss=final.get("loss"),
         bytes_up=sum(e["bytes_up"] for e in rounds),
         bytes_down=sum(e["bytes_down"] for e in rounds),

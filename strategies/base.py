@@ -22,7 +22,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -78,6 +78,7 @@ class Closed:
 
     state: GlobalState
     report: dict[str, float]
+    clients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # id -> facts about its update, to log
 
 
 Round = Generator[Mapping[str, Ask], Mapping[str, Answer], Closed]
@@ -97,6 +98,8 @@ class Method:
 
     `open(base, layout, members, settings, seed)` gives version 0; `protocol(state, cohort)` is one round, which
     raises MethodError if nobody answered; `released(state)` is what a run hands out, by default W_eff - W0.
+    `evaluation(state, member)` is what one client evaluates, where that is not just W_eff and the head. Under a
+    `personal` method every client has a model of its own and nobody has a common one: the server scores nothing.
     """
 
     name: str
@@ -104,6 +107,8 @@ class Method:
     open: Open
     protocol: Callable[[GlobalState, Cohort], Round]
     released: Callable[[GlobalState], Adapter] = GlobalState.update
+    evaluation: Callable[[GlobalState, Member], Ask] | None = None
+    personal: bool = False
 
 
 def play(protocol: Round, answer: Callable[[str, Ask], Answer]) -> Closed:
@@ -186,10 +191,14 @@ def plan_for(
     train: tuple[Part, ...],
     changes: tuple[Part, ...] = (),
     a_from: Literal["given", "fresh", "public"] = "given",
-    b_from: Literal["given", "zero"] = "given",
+    b_from: Literal["given", "zero", "public"] = "given",
     a_seed: int = 0,
+    core: bool = False,
+    keep: tuple[Part, ...] = (),
+    feedback: Literal["coordinates", "product"] = "coordinates",
 ) -> TrainPlan:
-    """A plan that sends what it trains; where the layout has a head, that is trained too, and its change is sent.
+    """A plan that sends what it trains and does not keep; where the layout has a head, that is trained too, and its
+    change is sent (unless it is kept).
 
     Its seed is another one for each client and round, so that fresh factors and batches never repeat.
     """
@@ -200,11 +209,14 @@ def plan_for(
         rows=rows,
         scale=scale,
         train=train + head,
-        send=train + head,
-        changes=changes + head,
+        send=tuple(p for p in train + head if p not in keep),
+        changes=tuple(p for p in changes + head if p not in keep),
         a_from=a_from,
         b_from=b_from,
         a_seed=a_seed,
+        core=core,
+        keep=tuple(p for p in keep if p != "head" or head),
+        feedback=feedback,
         training=cohort.training,
         progress=cohort.progress,
         seed=int(stream(cohort.seed, "plan", cohort.round, member.id).integers(2**53)),

@@ -8,9 +8,11 @@ Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning"
 
 Where we differ: s_k is folded into B_k before the mean, so alphas may differ (the global pair has scale 1). At unequal
 ranks the paper says nothing; a client then gets the first r_k rows and columns of a global pair of rank R (`task_rank`,
-or the largest enrolled rank) and its answer is padded with zeros: that is the zero-padding baseline of HetLoRA (Cho et
-al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024), not its full method.
+or the largest enrolled rank) and its factors are padded with zeros: that is the zero-padding baseline of HetLoRA (Cho
+et al., "Heterogeneous LoRA for Federated Fine-tuning of On-Device Foundation Models", EMNLP 2024), not its full method.
 Padding shrinks what only large clients hold, in A and in B, so an untrained echo at unequal ranks does change W_eff.
+What travels up is the change of each factor, and the server adds it to the start that it sent. The mean is the same,
+and a codec rounds the change only, not what everybody knows.
 
 Each round reports what the rule gets wrong:
 - `aggregation_error` = ||sum p_k s_k B_k A_k - B A||_F / ||sum p_k s_k B_k A_k||_F, over all modules;
@@ -29,8 +31,7 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Factors, ProductSum, difference, norm
 from fedlora.config import MethodConfig
-from fedlora.rng import stream
-from fedlora.state import Ask, GlobalState, Layout
+from fedlora.state import Ask, GlobalState, Layout, Part
 from strategies.base import (
     Closed,
     Cohort,
@@ -39,7 +40,6 @@ from strategies.base import (
     Round,
     Sums,
     blocks_for_all,
-    fresh_a,
     head_start,
     head_sums,
     in_order,
@@ -54,26 +54,20 @@ from strategies.base import (
     register,
     relative,
 )
+from strategies.blocks import as_float32
+from strategies.means import at_scale, fresh_pair
 
 NAME = "fedit"
 
 
 def open_state(base: str, layout: Layout, members: Sequence[Member], settings: MethodConfig, seed: int) -> GlobalState:
-    """One fresh A for all, B zero. In embeddings A is the zero factor and B the random one, N(0, 1), as in PEFT."""
+    """One fresh A for all, B zero (embeddings: A zero, B normal). Raises: MethodError if nobody is enrolled."""
     rank = settings.task_rank or largest(members, NAME).rank
-    pairs: dict[str, Factors] = {}
-    for name, module in layout.modules.items():
-        rng = stream(seed, "fedit-start", name)
-        if module.kind == "embedding":
-            b = rng.standard_normal((module.out, rank), np.float32)
-            pairs[name] = Factors(np.zeros((rank, module.inp), np.float32), b)
-        else:
-            pairs[name] = Factors(fresh_a(rank, module, rng), np.zeros((module.out, rank), np.float32))
-    return opened(base, layout, seed, pair=Adapter(pairs))
+    return opened(base, layout, seed, pair=fresh_pair(layout, rank, seed))
 
 
 def protocol(state: GlobalState, cohort: Cohort) -> Round:
-    """One round: leading rows and columns out, trained values in. Raises: MethodError if nobody answers."""
+    """One round: leading rows and columns out, their changes in. Raises: MethodError if nobody answers."""
     task, pair = state.open_task, pair_of(state, NAME)
     rank = max(pair.ranks.values())
     leading = {(m.rank, m.scale): _leading(pair, m) for m in cohort.members}
@@ -84,7 +78,9 @@ def protocol(state: GlobalState, cohort: Cohort) -> Round:
     lost_by_rank = {r: _lost(pair, r) for r in {min(m.rank, rank) for m in cohort.members}}
     lost = 0.0
     for member, answer in in_order(answers, cohort):
-        scaled = pair_from(answer.arrays, member.scale).folded()
+        start = pair_arrays(leading[member.rank, member.scale])
+        trained = {key: x.astype(np.float64) + answer.arrays[key] for key, x in start.items()}
+        scaled = pair_from(trained, member.scale).folded()
         factors.add(pair_arrays(scaled), answer.examples)
         products.add(scaled, answer.examples)
         heads.add(part(answer.arrays, "head"), answer.examples)
@@ -92,7 +88,7 @@ def protocol(state: GlobalState, cohort: Cohort) -> Round:
 
     mean = pair_from(factors.mean())
     exact = products.total().scaled(1.0 / heads.weight)
-    new = Adapter({n: Factors(f.a.astype(np.float32), f.b.astype(np.float32)) for n, f in mean.items()})
+    new = as_float32(mean)
     report = {
         "update_norm": norm(difference(new, pair)),
         "rank": float(rank),
@@ -111,13 +107,14 @@ def _lost(pair: Adapter, rank: int) -> float:
 
 def _leading(pair: Adapter, member: Member) -> Adapter:
     """What one client starts from: the first rows and columns, B divided by s_k so that the product has scale s_k."""
-    r, scale = member.rank, np.float32(member.scale)
-    return Adapter({n: Factors(f.a[:r], f.b[:, :r] / scale, member.scale) for n, f in pair.items()})
+    r = member.rank
+    return at_scale(Adapter({n: Factors(f.a[:r], f.b[:, :r]) for n, f in pair.items()}), member.scale)
 
 
 def _ask(state: GlobalState, cohort: Cohort, member: Member, leading: Adapter) -> Ask:
     r = max(leading.ranks.values())
-    plan = plan_for(NAME, state, cohort, member, rank=r, rows=r, scale=member.scale, train=("A", "B"))
+    both: tuple[Part, ...] = ("A", "B")
+    plan = plan_for(NAME, state, cohort, member, rank=r, rows=r, scale=member.scale, train=both, changes=both)
     return Ask(plan=plan, blocks=blocks_for_all(state), arrays={**pair_arrays(leading), **head_start(state)})
 
 

@@ -8,8 +8,8 @@ Where we differ: p_k and s_k are folded into one factor (the authors' code leave
 clients' alpha / rank differ). The sum of a round is a frozen block, never merged into the weights, so nothing is lost
 to low precision and a client that missed rounds catches up. Each round's block is brought to the form of a compact SVD
 before it enters the state: a plain stack would show every client the factors of every other (what remains visible is
-their joint span). Blocks are recompressed into one when their ranks together pass `max_rank`, or, without one, the
-rank min(out, in) up to which nothing is lost; the error is in each round's report.
+their joint span). Blocks are recompressed by the rules of `strategies/blocks.py`, without loss unless `max_rank` or
+`max_error` is set; the error is in each round's report.
 
 Restarts. A client starts every round from a fresh A and B = 0, which loses momentum over many short rounds. With
 `warm_start` it starts from the first r_k singular directions of the last round's update instead, and that product is
@@ -23,7 +23,6 @@ memory (out + in) min(S, 2 min(out, in, max_rank)) float64. A warm start sends i
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -31,10 +30,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.adapter import Adapter, Factors, ProductSum, norm, stack, truncated
+from fedlora.adapter import Adapter, Factors, ProductSum
 from fedlora.config import MethodConfig
-from fedlora.rng import stream
-from fedlora.state import Ask, Block, GlobalState, Layout
+from fedlora.state import Ask, GlobalState, Layout
 from strategies.base import (
     Closed,
     Cohort,
@@ -42,7 +40,6 @@ from strategies.base import (
     Method,
     Round,
     blocks_for_all,
-    fresh_a,
     head_start,
     head_sums,
     in_order,
@@ -54,12 +51,11 @@ from strategies.base import (
     part,
     plan_for,
     register,
-    relative,
 )
+from strategies.blocks import canonical, grown
+from strategies.warm import empty, warm_pair
 
 NAME = "flora"
-START_NORM = 3.0**-0.5  # of a row of a fresh A
-NEGLIGIBLE = 1e-7  # singular values below this share of the largest are float32 rounding, not directions
 
 
 def open_state(base: str, layout: Layout, members: Sequence[Member], settings: MethodConfig, seed: int) -> GlobalState:
@@ -67,8 +63,7 @@ def open_state(base: str, layout: Layout, members: Sequence[Member], settings: M
     rank = largest(members, NAME).rank
     if not settings.warm_start:
         return opened(base, layout, seed)
-    first = Adapter({n: Factors(np.zeros((0, m.inp)), np.zeros((m.out, 0))) for n, m in layout.modules.items()})
-    return opened(base, layout, seed, memory={NAME: pair_arrays(_next_start(first, rank, layout, seed, 0))})
+    return opened(base, layout, seed, memory={NAME: pair_arrays(warm_pair(empty(layout), rank, layout, seed, 0))})
 
 
 def protocol(state: GlobalState, cohort: Cohort) -> Round:
@@ -77,7 +72,8 @@ def protocol(state: GlobalState, cohort: Cohort) -> Round:
     starts = {(m.rank, m.scale): _start(state, m) for m in cohort.members} if warm else {}
     answers = yield {m.id: _ask(state, cohort, m, starts.get((m.rank, m.scale))) for m in cohort.members}
 
-    products, heads = ProductSum(cohort.settings.max_rank), head_sums(state.layout)
+    limit = cohort.settings.max_rank if cohort.settings.max_error is None else None  # else the error must be known
+    products, heads = ProductSum(limit), head_sums(state.layout)
     started: Counter[tuple[int, float]] = Counter()
     for member, answer in in_order(answers, cohort):
         products.add(pair_from(answer.arrays, member.scale), answer.examples)
@@ -85,7 +81,7 @@ def protocol(state: GlobalState, cohort: Cohort) -> Round:
         if warm:
             started[member.rank, member.scale] += answer.examples
     for key, weight in started.items():
-        products.add(_as(starts[key], np.float64), -weight)
+        products.add(pair_from(pair_arrays(starts[key]), key[1]), -weight)
     update = products.total().scaled(1.0 / heads.weight)
     return _close(state, cohort, update, products.error / heads.weight, heads.mean())
 
@@ -93,44 +89,13 @@ def protocol(state: GlobalState, cohort: Cohort) -> Round:
 def _close(
     state: GlobalState, cohort: Cohort, update: Adapter, error: float, head: Mapping[str, NDArray[np.float64]]
 ) -> Closed:
-    task, version = state.open_task, state.version + 1
-    own = {n: min(f.rank, *f.shape) for n, f in update.items()}  # what the update's compact form has
-    ranks = {n: sum(b.adapter[n].rank for b in task.blocks) + own[n] for n in update}
-    bounds = {n: _bound(f, cohort.settings.max_rank) for n, f in update.items()}
-    if any(ranks[n] > bounds[n] for n in ranks):
-        small, left = truncated(stack([*(b.adapter for b in task.blocks), update]), bounds)
-        small = _as(small, np.float32)
-        ranks, error = small.ranks, error + left
-        blocks: tuple[Block, ...] = (Block(adapter=small, born=version),)
-    else:
-        blocks = (*task.blocks, Block(adapter=_canonical(update), born=version))
-    whole = norm(stack([b.adapter for b in blocks])) if error > 0.0 else 0.0
-    report = {
-        "update_norm": norm(update),
-        "rank": float(max(ranks.values())),
-        "truncation_error": error,
-        "truncation_error_relative": relative(error, math.hypot(whole, error)),
-    }
+    blocks, report = grown(state, update, cohort.settings, lost=error)
     memory = dict(state.memory)
     if NAME in memory:
         rank = next(x.shape[0] for x in part(memory[NAME], "A").values())
-        memory[NAME] = pair_arrays(_next_start(_canonical(update), rank, state.layout, cohort.seed, cohort.round))
-    task = replace(task, blocks=blocks, extras=moved(task.extras, head))
+        memory[NAME] = pair_arrays(warm_pair(canonical(update), rank, state.layout, cohort.seed, cohort.round))
+    task = replace(state.open_task, blocks=blocks, extras=moved(state.open_task.extras, head))
     return Closed(state=state.with_task(task, memory=memory), report=report)
-
-
-def _bound(f: Factors, max_rank: int | None) -> int:
-    """The rank above which a module's blocks are recompressed; min(out, in) loses nothing."""
-    return min(f.shape) if max_rank is None else min(max_rank, *f.shape)
-
-
-def _canonical(update: Adapter) -> Adapter:
-    """The compact SVD of every product, in float32: a function of the products alone, directions in falling order."""
-    return _as(truncated(update, {n: min(f.shape) for n, f in update.items()})[0], np.float32)
-
-
-def _as(adapter: Adapter, dtype: type[np.floating]) -> Adapter:
-    return Adapter({n: Factors(f.a.astype(dtype), f.b.astype(dtype), f.scale) for n, f in adapter.items()})
 
 
 def _ask(state: GlobalState, cohort: Cohort, member: Member, start: Adapter | None) -> Ask:
@@ -146,6 +111,7 @@ def _ask(state: GlobalState, cohort: Cohort, member: Member, start: Adapter | No
         train=("A", "B"),
         a_from="fresh" if start is None else "given",
         b_from="zero" if start is None else "given",
+        feedback="product",
     )
     if start is None:
         return Ask(plan=plan, blocks=blocks_for_all(state), arrays=head_start(state))
@@ -160,22 +126,6 @@ def _start(state: GlobalState, member: Member) -> Adapter:
     return Adapter(
         {n: Factors(a[:r], b[n][:, :r] / np.float32(member.scale), member.scale) for n, a in part(memory, "A").items()}
     )
-
-
-def _next_start(update: Adapter, rank: int, layout: Layout, seed: int, round_: int) -> Adapter:
-    """The first `rank` directions of a canonical update, scale 1, completed by fresh rows and zero columns."""
-    pairs: dict[str, Factors] = {}
-    for name, f in update.items():
-        module = layout.modules[name]
-        a = fresh_a(rank, module, stream(seed, "flora-start", round_, name))
-        b = np.zeros((module.out, rank), np.float32)
-        rows = np.linalg.norm(f.a[:rank], axis=1)  # roots of the singular values, falling
-        known = int(np.sum(rows**2 > NEGLIGIBLE * np.max(rows**2, initial=0.0)))
-        grow = (START_NORM / rows[:known]).astype(np.float32)
-        a[:known] = f.a[:known] * grow[:, None]
-        b[:, :known] = f.b[:, :known] / grow
-        pairs[name] = Factors(a, b)
-    return Adapter(pairs)
 
 
 METHOD = register(

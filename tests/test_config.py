@@ -67,7 +67,7 @@ CHANGES = st.fixed_dictionaries(
         "training.autocast": st.booleans(),
         "method.warm_start": st.booleans(),
         "method.max_rank": maybe(positive),
-        "wire.dtype": st.sampled_from(["float32", "float16", "bfloat16"]),
+        "wire.up": st.sampled_from(["float32", "float16", "bfloat16", "int8", "int4"]),
     },
 )
 LENGTH = st.sampled_from([{}, {"training.local_steps": 7}, {"training.local_epochs": 1.5}])
@@ -175,10 +175,10 @@ def test_data_of_your_own_is_dealt_evenly_unless_said_otherwise() -> None:
         (["seed=true"], r"seed: must be a whole number >= 0, got 'true'"),
         (["rounds.count=2.5"], r"rounds\.count: must be a whole number >= 1, got '2\.5'"),
         (["training.autocast=perhaps"], r"training\.autocast: must be true or false, got 'perhaps'"),
-        (["wire.dtype=bf16"], r"one of float32, float16, bfloat16, got 'bf16'; did you mean bfloat16\?"),
+        (["wire.up=bf16"], r"one of float32, float16, bfloat16, int8, int4, got 'bf16'; did you mean bfloat16\?"),
         (
             ["method.name=florra"],
-            r"method\.name: must be one of fedit, ffa-lora, flora, got 'florra'; did you mean flora",
+            r"method\.name: must be one of fed-sb, .*rolora, got 'florra'; did you mean flora",
         ),
         (["training=3"], r"training: is a section with the settings learning_rate, .*got '3'"),
         (["training.threads"], r"training\.threads: an override is written key=value"),
@@ -197,10 +197,38 @@ def test_data_of_your_own_is_dealt_evenly_unless_said_otherwise() -> None:
         (["lora.rslora=true"], r"lora\.rslora: .*set lora\.alpha"),
         (
             ["method.name=fedit", "method.max_rank=3"],
-            r"method\.max_rank: belongs to flora; the method is fedit and got 3",
+            r"method\.max_rank: belongs to fedex-lora, flexlora, flora, frlora; the method is fedit and got 3",
         ),
         (["method.name=ffa-lora", "method.warm_start=true"], r"method\.warm_start: belongs to flora"),
-        (["method.task_rank=3"], r"method\.task_rank: belongs to fedit and ffa-lora; the method is flora"),
+        (["method.task_rank=3"], r"method\.task_rank: belongs to fed-sb, .*rolora; the method is flora"),
+        (
+            ["server.optimizer=adam"],
+            r"server\.optimizer: adam goes with fed-sb, fedsa-lora, ffa-lora .*method is flora",
+        ),
+        (
+            ["server.optimizer=momentum", "method.name=fedit"],
+            r"server\.optimizer: momentum goes with fed-sb, fedsa-lora, ffa-lora, flora, frlora .*method is fedit",
+        ),
+        (["robust.rule=median"], r"robust\.rule: median goes with ffa-lora \(entries mean the same"),
+        (["robust.rule=trimmed-mean", "method.name=fedsvd"], r"robust\.rule: trimmed-mean goes with ffa-lora"),
+        (
+            ["robust.rule=krum", "method.name=fedsa-lora"],
+            r"robust\.rule: fedsa-lora's B stays with the clients.*got krum",
+        ),
+        (["robust.rule=fltrust"], r"robust\.trusted: names the client.*set both or neither, got rule fltrust"),
+        (["robust.trusted=client-00001"], r"robust\.trusted: .*got rule none and trusted .*client-00001"),
+        (["robust.rule=krum", "robust.bound=3"], r"robust\.bound: belongs to norm-bound and centred-clipping"),
+        (["wire.top=4", "method.name=fedit"], r"wire\.top: flora and flexlora send products.*got 4"),
+        (["wire.up=int8", "method.name=fedsvd"], r"wire\.up: int8 goes with fedex-lora, fedit.*fedsvd's factors"),
+        (["wire.down=bfloat16", "method.name=fed-sb"], r"wire\.down: bfloat16 goes with .*use float32"),
+        (
+            ["personal.steps=3", "method.name=fedsa-lora"],
+            r"personal\.steps: fedsa-lora's clients have personal adapters",
+        ),
+        (
+            ["training.optimizer_state=keep", "method.name=rolora"],
+            r"optimizer_state: rolora's clients begin each round with other factors",
+        ),
     ],
 )
 def test_a_mistake_names_key_allowed_given_and_nearest(overrides: list[str], said: str) -> None:

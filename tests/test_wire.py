@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
 from fedlora.adapter import Adapter, Factors
+from fedlora.codec import rounded
 from fedlora.errors import WireError
 from fedlora.frame import body
 from fedlora.state import (
@@ -44,7 +45,7 @@ from fedlora.wire import (
 )
 
 CAP = 10**7
-ROUNDING = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+CODECS = ("float32", "float16", "bfloat16", "int8", "int4")
 HEADER = Header(run="run-1", round=3, client="hôpital 7", kind="train", base="abc", version=2, attempt=1, phase=4)
 TRAINING = LocalTraining(learning_rate=1e-3, local_steps=None, local_epochs=0.1, batch_size=4, clip_norm=None)
 PLAN = TrainPlan(
@@ -79,6 +80,19 @@ def adapter(rank: int, seed: int = 0, scale: float = 1.0) -> Adapter:
             for n, m in LAYOUT.modules.items()
         }
     )
+
+
+def in_codec(value, codec):
+    """The ask or answer with every array as the codec can say it."""
+
+    def factors(ad: Adapter) -> Adapter:
+        return Adapter({n: Factors(rounded(f.a, codec), rounded(f.b, codec), f.scale) for n, f in ad.items()})
+
+    arrays = {k: x if x.ndim != 2 or k.startswith("probe:") else rounded(x, codec) for k, x in value.arrays.items()}
+    if isinstance(value, Answer):
+        return replace(value, arrays=arrays)
+    blocks = tuple(replace(b, adapter=factors(b.adapter)) for b in value.blocks)
+    return replace(value, blocks=blocks, frozen=factors(value.frozen), arrays=arrays)
 
 
 def ask() -> Ask:
@@ -128,10 +142,11 @@ def with_table(message: bytes, change) -> bytes:
 
 
 class TestRoundTrip:
-    @pytest.mark.parametrize("dtype", ROUNDING)
-    def test_ask(self, dtype):
-        sent = ask()
-        data = encode_ask(HEADER, sent, dtype)
+    @pytest.mark.parametrize("codec", CODECS)
+    @pytest.mark.parametrize("exact", [True, False], ids=["in the codec", "anything"])
+    def test_ask(self, codec, exact):
+        sent = in_codec(ask(), codec) if exact else ask()
+        data = encode_ask(HEADER, sent, codec)
         header, got = decode_ask(data, max_bytes=len(data))
         assert header == HEADER == peek(data, max_bytes=len(data))
         assert got.plan == PLAN
@@ -145,23 +160,31 @@ class TestRoundTrip:
             for name, f in mine.items():
                 assert f.scale == theirs[name].scale
                 for x, y in ((f.a, theirs[name].a), (f.b, theirs[name].b)):
-                    np.testing.assert_array_equal(x, y.astype(ROUNDING[dtype]).astype(np.float32))
+                    np.testing.assert_array_equal(x, y)
                     assert x.dtype == np.float32
                     assert x.flags.c_contiguous
                     assert not x.flags.writeable
         np.testing.assert_array_equal(got.arrays["probe:q"], sent.arrays["probe:q"].astype(np.float32))
-        np.testing.assert_array_equal(got.arrays["B:q"], sent.arrays["B:q"].astype(ROUNDING[dtype]).astype(np.float32))
+        np.testing.assert_array_equal(got.arrays["B:q"], sent.arrays["B:q"])
 
-    @pytest.mark.parametrize("dtype", ROUNDING)
-    def test_answer(self, dtype):
-        sent = answer()
-        header, got = decode_answer(encode_answer(HEADER, sent, dtype), max_bytes=CAP, expected=EXPECTED)
+    @pytest.mark.parametrize("codec", CODECS)
+    @pytest.mark.parametrize("exact", [True, False], ids=["in the codec", "anything"])
+    def test_answer(self, codec, exact):
+        sent = in_codec(answer(), codec) if exact else answer()
+        header, got = decode_answer(encode_answer(HEADER, sent, codec), max_bytes=CAP, expected=EXPECTED)
         assert header == HEADER
         assert (got.examples, got.info) == (12, {"rank": [4, None]})
         assert got.metrics == {"loss": float(np.float32(0.1)), "steps": 3.0}
         assert got.arrays.keys() == EXPECTED.keys()
         for key, x in got.arrays.items():
-            np.testing.assert_array_equal(x, sent.arrays[key].astype(ROUNDING[dtype]).astype(np.float32))
+            np.testing.assert_array_equal(x, sent.arrays[key])
+
+    @pytest.mark.parametrize(("codec", "times"), [("float16", 2.0), ("bfloat16", 2.0), ("int8", 4.0), ("int4", 7.5)])
+    def test_what_the_codec_can_say_is_as_small_as_it_promises(self, codec, times):
+        big = Answer(arrays={"A:q": rng(1).normal(size=(8, 4096)), "B:q": rng(2).normal(size=(4096, 8))})
+        plain, small = len(encode_answer(HEADER, big)), len(encode_answer(HEADER, in_codec(big, codec), codec))
+        assert plain / small == pytest.approx(times, rel=0.01)
+        assert len(encode_answer(HEADER, big, codec)) >= plain  # what it cannot say goes whole
 
     def test_hello_has_no_plan_and_no_arrays(self):
         hello = Header(run="r", round=0, client="c", kind="hello")
@@ -178,7 +201,7 @@ class TestRoundTrip:
             assert at % 4 == 0
 
     def test_bodies_are_safetensors_files(self):
-        data = encode_answer(HEADER, answer(), "float16")
+        data = encode_answer(HEADER, in_codec(answer(), "float16"), "float16")
         theirs = load(data[8 + int.from_bytes(data[4:8], "little") :])
         assert {k.removeprefix("array/") for k in theirs} == EXPECTED.keys()
         for key, x in theirs.items():
@@ -283,18 +306,16 @@ class TestState:
 
 
 class TestNotSent:
-    def test_float16_overflow_is_refused_by_name(self):
-        big = replace(answer(), arrays={"A:q": np.array([[1.0, -70000.0]], np.float32)})
-        with pytest.raises(WireError, match=r"A:q: 70000 overflows float16; choose bfloat16 or float32"):
-            encode_answer(HEADER, big, "float16")
-        encode_answer(HEADER, big, "bfloat16")
-        edge = replace(big, arrays={"A:q": np.array([65504.0, np.inf, np.nan], np.float32)})
-        _, got = decode_answer(encode_answer(HEADER, edge, "float16"), max_bytes=CAP)
-        np.testing.assert_array_equal(got.arrays["A:q"], edge.arrays["A:q"])  # not for the wire to judge
+    @pytest.mark.parametrize("codec", CODECS)
+    def test_what_a_codec_cannot_say_travels_in_float32(self, codec):
+        for value in (70000.1, 3.4e38, np.inf, np.nan):
+            odd = replace(answer(), arrays={**answer().arrays, "A:q": np.full((4, 6), value, np.float32)})
+            _, got = decode_answer(encode_answer(HEADER, odd, codec), max_bytes=CAP, expected=EXPECTED)
+            np.testing.assert_array_equal(got.arrays["A:q"], odd.arrays["A:q"])  # not for the wire to judge
+
+    def test_float32_overflow_is_refused_by_name(self):
         with pytest.raises(WireError, match=r"B:q: 1e\+300 overflows float32"):
-            encode_answer(HEADER, replace(big, arrays={"B:q": np.array([1e300])}))
-        with pytest.raises(WireError, match="overflows bfloat16"):
-            encode_answer(HEADER, replace(big, arrays={"B:q": np.array([3.4e38], np.float32)}), "bfloat16")
+            encode_answer(HEADER, replace(answer(), arrays={"B:q": np.array([1e300])}))
 
     @pytest.mark.parametrize("value", [math.nan, math.inf])
     def test_numbers_that_are_not_finite(self, value):
@@ -308,8 +329,8 @@ class TestNotSent:
             encode_answer(HEADER, Answer(info={"x": {1, 2}}))
 
     def test_unknown_wire_dtype(self):
-        with pytest.raises(WireError, match="unknown wire dtype 'int4'; known: float32, float16, bfloat16"):
-            encode_answer(HEADER, Answer(), "int4")
+        with pytest.raises(WireError, match="unknown wire codec 'int3'; known: float32, float16, bfloat16, int8, int4"):
+            encode_answer(HEADER, Answer(), "int3")
 
     def test_unknown_array_dtype_and_absurd_names(self):
         with pytest.raises(WireError, match="x: arrays of dtype complex128 do not travel"):
@@ -384,7 +405,7 @@ class TestRefused:
             ('{"kind":"answer","x":"\\ud800"}', "not plain, finite JSON"),
             ("[" * 100_000, "the header is not JSON"),
             ('{"kind":"answer","x":' + "1" * 5000 + "}", "the header is not JSON"),
-            ('{"kind":"answer"}', r"answer: fields differ; missing \['bodies', 'dtype', 'examples', 'header'"),
+            ('{"kind":"answer"}', r"answer: fields differ; missing \['bodies', 'codec', 'examples', 'header'"),
         ],
     )
     def test_headers_that_are_no_headers(self, header, match):
@@ -416,7 +437,7 @@ class TestRefused:
         self.refuse(reframed(data, lambda v, b: v["metrics"].update(loss=10**400)), r"metrics\.loss must be float")
         self.refuse(reframed(data, lambda v, b: v.update(examples=-1.5)), r"examples must be int, got -1\.5")
         self.refuse(reframed(data, lambda v, b: v.update(header=[])), r"header must be an object, got \[\]")
-        self.refuse(reframed(data, lambda v, b: v.update(dtype="F64")), "unknown wire dtype 'F64'")
+        self.refuse(reframed(data, lambda v, b: v.update(codec="F64")), r"codec must be .*Literal.*, got 'F64'")
         self.refuse(reframed(data, lambda v, b: v.update(bodies=[])), "expected 1 bodies, got 0")
 
         def nested(values, bodies):
@@ -438,16 +459,35 @@ class TestRefused:
         self.refuse(changed("A:q", np.ones(())), re.escape("A:q has 0 dimensions (), expected 2: (4, 6)"))
 
     def test_dtypes(self):
-        data = encode_answer(HEADER, answer(), "float16")
-        self.refuse(reframed(data, lambda v, b: v.update(dtype="float32")), "has dtype F16, this message's is F32")
+        data = encode_answer(HEADER, in_codec(answer(), "float16"), "float16")
+        self.refuse(reframed(data, lambda v, b: v.update(codec="float32")), "has dtype F16, this message's are F32")
         probe = Answer(arrays={"probe:q": np.ones(3)})
 
         def narrow(values, bodies):
             bodies[0] = save({"array/probe:q": np.ones(3, np.float16)})
 
+        self.refuse(reframed(encode_answer(HEADER, probe, "float16"), narrow), "probe:q has dtype F16; probes travel")
+
+    def test_packed_arrays(self):
+        data = encode_answer(HEADER, in_codec(answer(), "int8"), "int8")
+        [packed] = json.loads(data[8 : 8 + int.from_bytes(data[4:8], "little")])["packed"]
+        assert packed == {f"array/{k}": list(shape) for k, shape in EXPECTED.items()}
+
+        def shapes(change):
+            return reframed(data, lambda v, b: change(v["packed"][0]))
+
+        self.refuse(shapes(lambda p: p.pop("array/A:q")), "A:q has dtype U8, this message's are F32")
+        self.refuse(shapes(lambda p: p.update({"array/A:z": [1, 1]})), r"arrays that are not there.*array/A:z")
         self.refuse(
-            reframed(encode_answer(HEADER, probe, "float16"), narrow), "probe:q has dtype F16, this message's is F32"
+            shapes(lambda p: p.update({"array/A:q": [6, 4]})), re.escape("A:q has shape (6, 4), expected (4, 6)")
         )
+        self.refuse(shapes(lambda p: p.update({"array/A:q": [5, 6]})), re.escape("bytes do not hold int8 (5, 6)"))
+        self.refuse(shapes(lambda p: p.update({"array/A:q": [2**40, 2**40]})), "bytes do not hold int8")
+        self.refuse(shapes(lambda p: p.update({"array/A:q": [-4, -6]})), "A:q")
+        self.refuse(shapes(lambda p: p.update({"array/A:q": [24]})), "packed.array/A:q must be tuple")
+        self.refuse(reframed(data, lambda v, b: v.update(codec="float32")), "not packed")
+        self.refuse(reframed(data, lambda v, b: v.update(codec="int4")), "bytes do not hold int4")
+        self.refuse(reframed(data, lambda v, b: v.update(packed=[])), "expected the shapes of 1 bodies, got 0")
 
     @pytest.mark.parametrize(
         ("change", "match"),

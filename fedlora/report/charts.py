@@ -84,6 +84,51 @@ def line_chart(
     return _svg(title, said, parts)
 
 
+def curve_chart(
+    title: str,
+    series: Sequence[Series],
+    show: Callable[[float], str],
+    show_x: Callable[[float], str],
+) -> str:
+    """Lines over a logarithmic axis, from the lowest to the highest score: what a score costs in bytes. Every x must be
+    positive. Empty text if there is nothing to draw.
+    """
+    series = [s for s in series if s.points]
+    if not series:
+        return ""
+    ys = [y for s in series for _, y in s.points]
+    scale = ticks(min(ys), max(ys))
+    logs = [math.log10(x) for s in series for x, _ in s.points]
+    low, high = min(logs), max(logs)
+    if high - low < 0.1:
+        low, high = low - 0.5, high + 0.5
+
+    def px(x: float) -> float:
+        return round(LEFT + 8 + (math.log10(x) - low) / (high - low) * (WIDTH - LEFT - RIGHT - 8), 1)
+
+    def py(y: float) -> float:
+        return round(HEIGHT - BOTTOM - (y - scale[0]) / (scale[-1] - scale[0]) * (HEIGHT - TOP - BOTTOM), 1)
+
+    parts = [_frame(scale, py, show)]
+    marks = [m * 10.0**e for e in range(math.floor(low), math.ceil(high) + 1) for m in (1, 2, 5)]
+    marks = [x for x in marks if low - 1e-9 <= math.log10(x) <= high + 1e-9]
+    for x in marks[:: math.ceil(len(marks) / 5)] if marks else [10**low, 10**high]:
+        parts.append(f'<text x="{px(x)}" y="{HEIGHT - 11}" text-anchor="middle">{escape(_short(show_x(x)))}</text>')
+    labels: list[tuple[float, str, str]] = []
+    for s in series:
+        path = " ".join(f"{px(x)},{py(y)}" for x, y in s.points)
+        parts.append(f'<polyline class="line t{s.tone}" points="{path}"/>')
+        parts += [
+            f'<circle class="dot t{s.tone}" cx="{px(x)}" cy="{py(y)}" r="2.6">'
+            f"<title>{escape(s.name)}, {escape(show_x(x))}: {escape(show(y))}</title></circle>"
+            for x, y in s.points
+        ]
+        labels.append((py(max(s.points)[1]), s.name, f"name t{s.tone}"))
+    parts.append(_labels(labels))
+    said = "; ".join(f"{s.name}: " + ", ".join(f"{show(y)} at {show_x(x)}" for x, y in s.points) for s in series)
+    return _svg(title, said, parts)
+
+
 def traffic_chart(
     title: str, rounds: Sequence[float], up: Sequence[float], down: Sequence[float], show: Callable[[float], str]
 ) -> str:

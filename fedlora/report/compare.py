@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jinja2 import Environment
+from markupsafe import Markup
 
 from fedlora.errors import CheckpointError
+from fedlora.report.charts import Series, curve_chart
 from fedlora.report.numbers import decimal, duration, percent, size
 from fedlora.report.page import COMPARISON, STYLE
 
-HEADS = ("method", "score", "loss", "bytes up", "bytes down", "time")
+HEADS = ("method", "score", "own rows", "loss", "bytes up", "bytes down", "time")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +24,11 @@ class ComparisonRow:
 
     method: str  # or `bare base`, `local only`, `centralised`
     seeds: int
+    codec: str = ""  # of this row, where several are compared
     score: float | None = None
     score_sd: float | None = None
+    own: float | None = None  # of the clients' held-out rows, each client its own
+    own_sd: float | None = None
     loss: float | None = None
     bytes_up: float | None = None  # a run, all clients and rounds
     bytes_down: float | None = None
@@ -32,10 +37,37 @@ class ComparisonRow:
 
 def cells(row: ComparisonRow) -> tuple[str, ...]:
     """The row as people read it, in the order of `HEADS`."""
-    score = percent(row.score, 1)
-    if row.score is not None and row.score_sd is not None:
-        score = f"{100 * row.score:.1f} ± {100 * row.score_sd:.1f} %"
-    return row.method, score, decimal(row.loss), size(row.bytes_up), size(row.bytes_down), duration(row.seconds)
+    return (
+        f"{row.method} {row.codec}".rstrip(),
+        _with_sd(row.score, row.score_sd),
+        _with_sd(row.own, row.own_sd),
+        decimal(row.loss),
+        size(row.bytes_up),
+        size(row.bytes_down),
+        duration(row.seconds),
+    )
+
+
+def _with_sd(mean: float | None, sd: float | None) -> str:
+    if mean is None or sd is None:
+        return percent(mean, 1)
+    return f"{100 * mean:.1f} ± {100 * sd:.1f} %"
+
+
+def curve(rows: Sequence[ComparisonRow]) -> str:
+    """Score against all bytes, up and down, one line a method through its codecs; empty where there is one codec."""
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        score = row.score if row.score is not None else row.own
+        if row.codec and score is not None and row.bytes_up is not None and row.bytes_down is not None:
+            lines.setdefault(row.method, []).append((row.bytes_up + row.bytes_down, score))
+    if not any(len(points) > 1 for points in lines.values()):
+        return ""
+    series = [
+        Series(name=name, points=sorted(points), tone=i % 5 + 1)
+        for i, (name, points) in enumerate(sorted(lines.items()))
+    ]
+    return curve_chart("Score against bytes, up and down", series, lambda y: percent(y, 1), size)
 
 
 def comparison_markdown(rows: Sequence[ComparisonRow]) -> str:
@@ -74,6 +106,7 @@ def compare_table(rows: Sequence[ComparisonRow]) -> str:
             rows=view,
             seeds=" to ".join(map(str, seeds[:1] + seeds[1:][-1:])),
             one=seeds == [1],
+            curve=Markup(curve(rows)),
         )
     )
 

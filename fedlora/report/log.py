@@ -144,6 +144,21 @@ class ReferenceEvent(TypedDict):
     detail: NotRequired[dict[str, float]]
 
 
+class PersonalClient(ClientRound):
+    """One client's local adapter on top of the global one: what training it did, and both scores on its own rows."""
+
+    personal: NotRequired[ClientScore]
+
+
+class PersonalEvent(TypedDict):
+    """Every client has trained a local adapter on the global one. Its entries also hold `global`, a ClientScore."""
+
+    event: Literal["personal"]
+    steps: int
+    clients: list[PersonalClient]
+    refused: NotRequired[list[Refused]]
+
+
 class EndEvent(TypedDict):
     """The run is over."""
 
@@ -154,7 +169,7 @@ class EndEvent(TypedDict):
     loss: NotRequired[float]
 
 
-Event = StartEvent | RoundEvent | ReferenceEvent | EndEvent
+Event = StartEvent | RoundEvent | PersonalEvent | ReferenceEvent | EndEvent
 
 
 class RunLog:
@@ -235,7 +250,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise CheckpointError(f"{path}, line {number}: damaged: {error}; restore it from a copy") from None
         kind = event.get("event") if isinstance(event, dict) else None
-        if kind not in ("start", "round", "reference", "end"):
+        if kind not in ("start", "round", "personal", "reference", "end"):
             raise CheckpointError(f"{path}, line {number}: no event of a run log: {line[:60].decode(errors='replace')}")
         if kind == "round" and not isinstance(event.get("round"), int):
             raise CheckpointError(f"{path}, line {number}: a round event without its number")

@@ -170,6 +170,9 @@ base knows, what a client learns alone, and what training on all the data in one
 {% if row.sd %}<b style="left:{{ row.left }}%;width:{{ row.spread }}%"></b>{% endif %}</div>{% endif %}</td>
 {% endif %}{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
+{% if curve %}<h2>What a score costs</h2>
+<p class="dim">Each line goes through the codecs of one method; bytes are those of a whole run, up and down.</p>
+{{ curve }}{% endif %}
 </main></body></html>
 """
 )

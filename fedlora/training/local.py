@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,13 +27,15 @@ from fedlora.training.attach import attach, blocks_digest
 from fedlora.training.lora import Pair, to_tensor
 from fedlora.training.objective import counted, loss_sum
 from fedlora.training.schedule import rates
-from fedlora.training.start import check_plan, start
+from fedlora.training.start import Start, check_plan, start
 
 __all__ = ["train_client"]
 
 Float = NDArray[np.float32]
+TINY = float(np.finfo(np.float32).tiny)  # divides nothing by zero
 OVERHEAD_CPU, OVERHEAD = 32, 512  # tokens that one more batch of a step costs: dispatch on a CPU, launches on a GPU
 Moments = dict[str, NDArray[np.floating]]  # of AdamW, between the rounds of one client
+Kept = dict[str, NDArray[np.floating]]  # parts that stay at one client, by key
 
 
 def train_client(
@@ -44,16 +46,22 @@ def train_client(
     *,
     threads: int = 0,
     optimizer: Moments | None = None,
+    kept: Kept | None = None,
 ) -> Answer:
     """Follow `ask.plan` on this client's rows and answer what it asks to send.
 
     `threads` is torch's number of CPU threads (0: leave it); the same inputs and threads give the same bytes on a CPU,
-    whoever was trained before. `optimizer` is read and refilled when the plan keeps AdamW's moments between rounds.
-    The loss of an optimiser step is the mean over the answer tokens (classification: rows) of all its micro-batches.
+    whoever was trained before. `optimizer` is read and refilled when the plan keeps AdamW's moments between rounds;
+    `kept` is read and refilled with the parts in `plan.keep` (keys `A:module`, `B:module`, `head:name`); no answer
+    carries those.
+    The loss of an optimiser step is the mean over the answer tokens (classification: rows) of all its micro-batches,
+    plus the plan's penalty of the tail, once.
 
     Metrics, all floats. loss_before, loss_after: that mean over the first and the last tenth of the local steps (at
     least one step each), every batch before the update it causes. grad_norm: L2 over all that is trained, before
-    clipping, mean over steps. weight_change: ||s B A - s B0 A0||_F / ||W0 + blocks||_F over all adapted modules.
+    clipping, mean over steps. weight_change: ||s B A - s B0 A0||_F / ||W0 + blocks||_F over all adapted modules (with a
+    core, B R in place of B). tail_penalty, only where the plan has one: what it added to the loss, mean over steps; the
+    losses above are without it.
     tokens: all but padding; answer_tokens: those predicted; rows: presentations; steps; seconds: this call;
     step_seconds: forward, backward and optimiser alone.
 
@@ -72,17 +80,20 @@ def train_client(
         )
     check_plan(plan, base.layout, who)
     _check_rows(base, rows, header)
-    a0, b0, head0 = start(ask, plan, header, base.layout)
+    begun = start(ask, plan, header, base.layout, kept)
     with ExitStack() as stack:
         stack.enter_context(_threads(threads))
-        attach(base, ask.blocks, blocks_digest(ask.blocks), ask.frozen, head0 or None)
-        trained = _Trained(base, plan, a0, b0, head0)
+        attach(base, ask.blocks, blocks_digest(ask.blocks), ask.frozen, begun.head or None)
+        trained = _Trained(base, plan, begun)
         stack.callback(trained.detach)
         if plan.training.checkpointing:
             stack.enter_context(_checkpointed(base, who))
         progress = _run(base, plan, header, rows, trained, optimizer, who)
         arrays = trained.answer()
         change = trained.weight_change()
+        if kept is not None and plan.keep:
+            kept.clear()
+            kept.update(trained.own())
     metrics = {**progress.metrics(), "weight_change": change, "seconds": time.perf_counter() - begin}
     return Answer(examples=len(rows), metrics=metrics, arrays=arrays)
 
@@ -100,16 +111,35 @@ def _check_rows(base: Base, rows: Sequence[TokenRow], header: Header) -> None:
         raise TrainingError(f"client {header.client}: {bad} of {len(rows)} rows have {rule}")
 
 
-class _Trained:
-    """What is trained, as views of one flat fp32 buffer (so that clipping and AdamW are a few operations in all)."""
+@dataclass(frozen=True, eq=False)
+class _Core:
+    """One module's pair with a core: `left` B^T `[rows, out]` and `right` A `[rows, in]` are fixed, the leading part of
+    `r [rows, rows]` is trained, and what the layer sees as its b is `seen` = B R, a leaf of its own."""
 
-    def __init__(
-        self, base: Base, plan: TrainPlan, a0: Mapping[str, Float], b0: Mapping[str, Float], head0: Mapping[str, Float]
-    ) -> None:
+    left: Tensor
+    right: Tensor
+    r: Tensor
+    seen: Tensor
+
+
+class _Trained:
+    """What is trained, as views of one flat fp32 buffer (so that clipping and AdamW are a few operations in all).
+
+    With a core the layers are given the pair (A, B R). Before a step `refresh` computes B R from R, and after the
+    backward passes `finish` turns the gradient of B R into that of R, which is B^T d(B R).
+    """
+
+    def __init__(self, base: Base, plan: TrainPlan, begun: Start) -> None:
         self.base, self.plan = base, plan
-        self.begin: dict[str, Float] = {f"A:{n}": x[: plan.rank] for n, x in a0.items()}
-        self.begin |= {f"B:{n}": x[:, : plan.rank] for n, x in b0.items()}
-        self.begin |= {f"head:{n}": x for n, x in head0.items()}
+        rank = plan.rank
+        self.parts = "R" if plan.core else "AB"
+        self.begin: dict[str, Float] = {}
+        if plan.core:
+            self.begin |= {f"R:{n}": x[:rank, :rank] for n, x in begun.r.items()}
+        else:
+            self.begin |= {f"A:{n}": x[:rank] for n, x in begun.a.items()}
+            self.begin |= {f"B:{n}": x[:, :rank] for n, x in begun.b.items()}
+        self.begin |= {f"head:{n}": x for n, x in begun.head.items()}
         keys = [k for k in self.begin if k.split(":", 1)[0] in plan.train]
         sizes = [-(-self.begin[k].size // 16) * 16 for k in keys]  # 64-byte aligned
         self.flat = torch.zeros(sum(sizes), device=base.device)
@@ -128,13 +158,69 @@ class _Trained:
             at += size
         for key in self.begin.keys() - self.now.keys():
             self.now[key] = to_tensor(self.begin[key], base.device)
+        self.cores: dict[str, _Core] = {}
+        self.rest = {n: Factors(begun.a[n][rank:], begun.b[n][:, rank:], plan.scale) for n in base.layers}
         for name, layer in base.layers.items():
-            rest = Factors(a0[name][plan.rank :], b0[name][:, plan.rank :], plan.scale)
+            if plan.core:
+                layer.set_pair(self._with_core(name, begun))
+                continue
+            rest = self.rest[name]
             layer.set_pair(Pair(self.now[f"A:{name}"], self.now[f"B:{name}"], plan.scale), rest if rest.rank else None)
         if "head" in plan.train:
             for name, parameter in base.head.items():
                 parameter.data = self.now[f"head:{name}"].detach()
                 parameter.requires_grad_(True).grad = self.now[f"head:{name}"].grad
+
+    def _with_core(self, name: str, begun: Start) -> Pair:
+        """The pair (A, B R) of a module whose R is trained, and how to compute it again."""
+        device = self.base.device
+        left = to_tensor(begun.b[name].T, device)
+        seen = torch.empty_like(left).t().requires_grad_("R" in self.plan.train)
+        if seen.requires_grad:
+            seen.grad = torch.zeros_like(left).t()
+        core = _Core(left, to_tensor(begun.a[name], device), to_tensor(begun.r[name], device), seen)
+        self.cores[name] = core
+        return Pair(core.right, seen, self.plan.scale)
+
+    def refresh(self) -> None:
+        """Before a step: no gradient yet, and B R where there is a core."""
+        assert self.flat.grad is not None
+        self.flat.grad.zero_()
+        rank = self.plan.rank
+        with torch.no_grad():
+            for name, core in self.cores.items():
+                core.r[:rank, :rank] = self.now[f"R:{name}"]
+                torch.mm(core.r.t(), core.left, out=core.seen.data.t())
+                if core.seen.grad is not None:
+                    core.seen.grad.zero_()
+
+    def finish(self) -> float:
+        """After the backward passes of a step: gradients of cores and of the tail's penalty. Returns the penalty."""
+        rank = self.plan.rank
+        for name, core in self.cores.items():
+            grad = self.now[f"R:{name}"].grad
+            if grad is not None and core.seen.grad is not None:
+                torch.mm(core.left[:rank], core.seen.grad[:, :rank], out=grad)
+        return self._press_tail() if self.plan.tail_penalty else 0.0
+
+    def _press_tail(self) -> float:
+        """Adds the gradient of `tail_penalty * sum ||B_tail||_F ||A_tail||_F`, and returns that sum's value.
+
+        d ||B|| ||A|| = ||A|| B / ||B|| dB + ||B|| A / ||A|| dA, and zero where either is zero.
+        """
+        rows = slice(self.plan.rank - self.plan.tail, self.plan.rank)
+        total = torch.zeros((), dtype=torch.float64, device=self.base.device)
+        for name in self.base.layers:
+            a, b = self.now[f"A:{name}"], self.now[f"B:{name}"]
+            with torch.no_grad():
+                size_a, size_b = (torch.linalg.vector_norm(x) for x in (a[rows], b[:, rows]))
+                live = ((size_a > 0) & (size_b > 0)).to(a.dtype) * self.plan.tail_penalty
+                total += live * size_a * size_b
+                if a.grad is not None:
+                    a.grad[rows] += (live * size_b / size_a.clamp_min(TINY)) * a[rows]
+                if b.grad is not None:
+                    b.grad[:, rows] += (live * size_a / size_b.clamp_min(TINY)) * b[:, rows]
+        return float(total)
 
     def detach(self) -> None:
         """The base as it was, but for blocks and head values."""
@@ -154,13 +240,31 @@ class _Trained:
                 out[key] = value - self.begin[key] if name in self.plan.changes else value.copy()
         return dict(sorted(out.items()))
 
+    def own(self) -> Kept:
+        """What stays at the client, by key: the trained rows and columns with those that are only loaded."""
+        out: Kept = {}
+        for key, tensor in self.now.items():
+            of, name = key.split(":", 1)
+            if of not in self.plan.keep:
+                continue
+            x = tensor.detach().cpu().numpy()
+            rest = self.rest[name] if of in "AB" else None
+            whole = x if rest is None else np.concatenate([x, rest.a]) if of == "A" else np.hstack([x, rest.b])
+            out[key] = np.array(whole, np.float32, order="C")
+        return dict(sorted(out.items()))
+
     def weight_change(self) -> float:
-        """Factored: B A - B0 A0 = (B - B0) A + B0 (A - A0), by Gram matrices of the stacked factors in float64."""
+        """Factored: B A - B0 A0 = (B - B0) A + B0 (A - A0), or B (R - R0) A; by Gram matrices in float64."""
         change = size = 0.0
         for name, layer in self.base.layers.items():
-            a, b = (self.now[f"{p}:{name}"].detach().double() for p in "AB")
-            a0, b0 = (to_tensor(self.begin[f"{p}:{name}"], self.base.device, torch.float64) for p in "AB")
-            left, right = torch.cat([b - b0, b0], dim=1), torch.cat([a, a - a0])
+            now = {p: self.now[f"{p}:{name}"].detach().double() for p in self.parts}
+            begin = {p: to_tensor(self.begin[f"{p}:{name}"], self.base.device, torch.float64) for p in self.parts}
+            if core := self.cores.get(name):
+                left = core.left[: self.plan.rank].double().t() @ (now["R"] - begin["R"])
+                right = core.right[: self.plan.rank].double()
+            else:
+                left = torch.cat([now["B"] - begin["B"], begin["B"]], dim=1)
+                right = torch.cat([now["A"], now["A"] - begin["A"]])
             change += float(((left.t() @ left) * (right @ right.t())).sum())
             size += layer.squared_norm()
         return abs(self.plan.scale) * math.sqrt(max(change, 0.0) / size) if size else 0.0
@@ -170,6 +274,7 @@ class _Trained:
 class _Progress:
     losses: list[tuple[float, int]] = field(default_factory=list)  # (sum, count) of each step
     norms: list[float] = field(default_factory=list)
+    penalties: list[float] = field(default_factory=list)  # of each step, where the plan has one
     tokens: int = 0
     answer_tokens: int = 0
     rows: int = 0
@@ -177,7 +282,9 @@ class _Progress:
 
     def metrics(self) -> dict[str, float]:
         some = max(1, len(self.losses) // 10)
+        pressed = {"tail_penalty": sum(self.penalties) / len(self.penalties)} if self.penalties else {}
         return {
+            **pressed,
             "loss_before": _mean(self.losses[:some]),
             "loss_after": _mean(self.losses[-some:]),
             "grad_norm": sum(self.norms) / len(self.norms),
@@ -222,7 +329,7 @@ def _run(
     for i, (rate, micro) in enumerate(zip(rates(t, plan.progress, total_steps), order, strict=False)):
         adam.param_groups[0]["lr"] = rate
         begin = time.perf_counter()
-        loss, count, norm = _step(base, t.autocast, t.clip_norm, micro, trained.flat, adam.step)
+        loss, count, penalty, norm = _step(base, plan, micro, trained, adam.step)
         progress.step_seconds += time.perf_counter() - begin
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
@@ -231,6 +338,7 @@ def _run(
             )
         progress.losses.append((loss, count))
         progress.norms.append(norm)
+        progress.penalties += [penalty] if plan.tail_penalty else []
         progress.tokens += sum(int(b.attention.sum()) for b in micro)
         progress.answer_tokens += count if base.task_type == "causal-lm" else 0
         progress.rows += sum(len(b.tokens) for b in micro)
@@ -240,17 +348,11 @@ def _run(
 
 
 def _step(
-    base: Base,
-    autocast: bool,
-    clip_norm: float | None,
-    micro: Sequence[Batch],
-    flat: Tensor,
-    update: Callable[[], object],
-) -> tuple[float, int, float]:
-    """One optimiser step: (loss sum, what it is a sum over, gradient norm). No update if a number is not finite."""
-    gradient = flat.grad
-    assert gradient is not None
-    gradient.zero_()
+    base: Base, plan: TrainPlan, micro: Sequence[Batch], trained: _Trained, update: Callable[[], object]
+) -> tuple[float, int, float, float]:
+    """One optimiser step: (loss sum, what it is a sum over, penalty, gradient norm). No update if one is not finite."""
+    autocast, clip_norm = plan.training.autocast, plan.training.clip_norm
+    trained.refresh()
     count = sum(counted(base, batch) for batch in micro)
     total = 0.0
     for batch in micro:
@@ -258,12 +360,15 @@ def _step(
             loss = loss_sum(base, batch)
         (loss / count).backward()  # type: ignore[no-untyped-call]
         total += loss.item()
+    penalty = trained.finish()
+    gradient = trained.flat.grad
+    assert gradient is not None
     norm = float(torch.linalg.vector_norm(gradient))
     if math.isfinite(total) and math.isfinite(norm):
         if clip_norm is not None and norm > clip_norm:
             gradient.mul_(clip_norm / (norm + 1e-6))
         update()
-    return total, count, norm
+    return total, count, penalty, norm
 
 
 def _steps(plan: TrainPlan, rows: int) -> int:

@@ -65,7 +65,13 @@ def test_a_hello_says_who_it_is(trained: list[Header]) -> None:
     hello = Header(run="run", round=0, client="node 1001", kind="hello", code=code_digest())
     header, answer, _ = ask(grid_in(None), hello, plan=None)
     assert header == hello
-    assert answer.info == {"id": "client-00001", "rank": 2, "base": BASE, "layout": LAYOUT.to_json()}
+    assert answer.info == {
+        "id": "client-00001",
+        "rank": 2,
+        "base": BASE,
+        "layout": LAYOUT.to_json(),
+        "keeps": False,
+    }
 
 
 def test_the_same_ask_is_not_trained_twice(trained: list[Header], tmp_path: Path) -> None:

@@ -275,6 +275,7 @@ ROWS = [
         seeds=3,
         score=0.8449,
         score_sd=0.012,
+        own=0.881,
         loss=0.31,
         bytes_up=23.2e6,
         bytes_down=151e6,
@@ -289,6 +290,7 @@ def test_comparison_in_markdown() -> None:
     assert [c.strip() for c in lines[0].strip("|").split("|")] == [
         "method",
         "score",
+        "own rows",
         "loss",
         "bytes up",
         "bytes down",
@@ -297,6 +299,7 @@ def test_comparison_in_markdown() -> None:
     assert [c.strip() for c in lines[3].strip("|").split("|")] == [
         "flora",
         "84.5 ± 1.2 %",
+        "88.1 %",
         "0.310",
         "23.2 MB",
         "151 MB",
@@ -316,3 +319,19 @@ def test_comparison_as_a_page(tmp_path: Path) -> None:
     assert EVIL in read.text
     assert "over 3 seeds" in read.text
     assert text.count('class="aside"') == 3
+
+
+def test_a_curve_is_drawn_where_codecs_are_compared(tmp_path: Path) -> None:
+    rows = [
+        ComparisonRow(method="flora", codec=codec, seeds=2, score=score, bytes_up=size, bytes_down=2 * size)
+        for codec, score, size in (("float32", 0.9, 4e6), ("int8", 0.89, 1e6), ("int4", 0.8, 5e5))
+    ]
+    text = write_comparison(tmp_path, [*ROWS, *rows]).read_text(encoding="utf-8")
+    [svg] = re.findall(r"<svg class=\"chart\".*?</svg>", text)
+    points = ElementTree.fromstring(svg).find("polyline").attrib["points"].split()  # type: ignore[union-attr]
+    xs, ys = zip(*[tuple(map(float, p.split(","))) for p in points], strict=True)
+    assert list(xs) == sorted(xs)  # more bytes to the right
+    assert list(ys) == sorted(ys, reverse=True)  # a higher score upwards
+    assert xs[1] - xs[0] == pytest.approx((xs[2] - xs[1]) / 2, rel=0.01)  # logarithmic: 2 times, then 4 times
+    assert "flora int8" in text
+    assert "<svg" not in write_comparison(tmp_path, [*ROWS, rows[0]]).read_text(encoding="utf-8")

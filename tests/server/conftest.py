@@ -251,7 +251,8 @@ def in_float64(client: Client, header: Header, ask: Ask) -> bytes:
         "examples": answer.examples,
         "metrics": {},
         "info": {},
-        "dtype": "float32",
+        "codec": "float32",
+        "packed": [{}],
     }
     return message("answer", values, [(own, own.entry())])
 

@@ -72,7 +72,7 @@ CASES: dict[str, tuple[Callable[[Any], Any], str, str]] = {
         "malformed",
         r"missing \[\], extra \['B:other'\]",
     ),
-    "wrong dtype": (lambda f: f.in_float64, "malformed", r"has dtype F64, this message's is F32"),
+    "wrong dtype": (lambda f: f.in_float64, "malformed", r"has dtype F64, this message's are F32"),
     "zero rows": (
         lambda f: f.restated(examples=0),
         "example count",
@@ -259,7 +259,7 @@ def test_a_repeated_round_counts_all_bytes_but_only_who_is_missing_at_the_end(la
 
 def test_bytes_are_those_of_the_payloads(lab: Any) -> None:
     one = lab()
-    one.conduct("evaluation.every=1", "wire.dtype=float32")
+    one.conduct("evaluation.every=1", "wire.up=float32")
     for event in one.rounds:
         number = event["round"]
         down = {c.id: sum(n for r, n in c.down if r == number) for c in one.clients.values()}

@@ -16,7 +16,7 @@ def test_get_gives_the_registered_method() -> None:
 
 @pytest.mark.parametrize(("wrong", "near"), [("fedIT", "fedit"), ("ffa_lora", "ffa-lora"), ("Flora", "flora")])
 def test_an_unknown_name_is_refused_with_the_nearest(wrong: str, near: str) -> None:
-    with pytest.raises(MethodError, match=rf"no method is called '{wrong}'; did you mean '{near}'\? There are: fedit"):
+    with pytest.raises(MethodError, match=rf"no method is called '{wrong}'; did you mean '{near}'\? There are: fed-sb"):
         get(wrong)
 
 
