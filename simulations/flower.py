@@ -43,6 +43,7 @@ class FlowerSimulation:
             **{k: v for k, v in os.environ.items() if not k.startswith("FLWR_")},
             "PATH": f"{binaries}:{os.environ.get('PATH', '')}",
             "FLWR_HOME": str(home),
+            "FEDLORA_MEMORY": str(home / "memory"),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

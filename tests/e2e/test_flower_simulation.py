@@ -29,8 +29,14 @@ SMALL = [
 
 def test_same_adapters_under_flower_and_in_process(tmp_path: Path) -> None:
     with FlowerSimulation(ROOT, tmp_path / "home") as flower:
-        for method in ("flora", "ffa-lora", "fedit"):
-            config = load_config(None, [*SMALL, f"method.name={method}"])
+        for method, *more in (
+            ("flora",),
+            ("flora", "wire.up=int8", "wire.down=int8"),
+            ("ffa-lora",),
+            ("fedsa-lora",),
+        ):
+            config = load_config(None, [*SMALL, f"method.name={method}", *more])
+            method += "-coded" if more else ""
             status, log = flower.run(config, tmp_path / f"{method}-flower")
             assert status == "finished:completed", log
             open_run(tmp_path / f"{method}-here", config)
