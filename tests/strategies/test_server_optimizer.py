@@ -201,7 +201,7 @@ def test_a_steady_change_makes_yogi_a_fifth_slower_at_most() -> None:
     who = (Member(id="a", rank=1, scale=1.0),)
     method, state = optimised(get("ffa-lora"), settings), get("ffa-lora").open("base", layout, who, FFA, 0)
     steps, moved = [], {"B:q": np.full((1, 1), 0.5, np.float32)}
-    for t in range(1, 200):
+    for t in range(1, 130):
         closed = one(method, FFA, state, t, lambda client, ask: Answer(examples=1, arrays=moved), who)
         state = closed.state
         steps.append(closed.report["server_step_norm"] / 1e-2)
@@ -286,7 +286,7 @@ PLAIN = [
 def test_without_memory_and_at_rate_one_it_is_the_method_itself_byte_for_byte(case: MethodConfig) -> None:
     wrapped = optimised(get(case.name), ServerConfig(optimizer="momentum", rate=1.0, beta1=0.0))
     state = bare = start(case)
-    for t in range(1, 7):
+    for t in range(1, 5):
         closed, plain = one(wrapped, case, state, t), one(get(case.name), case, bare, t)
         state, bare = closed.state, plain.state
         assert same_tasks(state, bare)
@@ -323,16 +323,16 @@ def kept(state: GlobalState) -> Dense:
 @pytest.mark.parametrize("case", [FLORA, MethodConfig(name="flora", warm_start=True), FRLORA], ids=label)
 @pytest.mark.parametrize(("rate", "beta1"), [(None, 0.9), (0.3, 0.5)])
 def test_momentum_over_products_is_dense_momentum(rate: float | None, beta1: float, case: MethodConfig) -> None:
-    """Twelve rounds, recompressed many times on the way: W_eff and m are those of dense float64 algebra."""
+    """Eight rounds, recompressed many times on the way: W_eff and m are those of dense float64 algebra."""
     settings = ServerConfig(optimizer="momentum", rate=rate, beta1=beta1)
     recompressed = 0
-    for closed, w, m in product_rounds(case, settings, 12):
+    for closed, w, m in product_rounds(case, settings, 8):
         assert far(dense(closed.state), w) < 1e-6 * size_of(w)
         assert far(kept(closed.state), m) < 1e-6 * size_of(m)
         assert closed.report["truncation_error"] == closed.report["server_velocity_error"] == 0.0
         assert closed.report["server_velocity_rank"] <= 6
         recompressed += len(closed.state.open_task.blocks) == 1
-    assert recompressed > 5
+    assert recompressed > 2
 
 
 def test_the_update_is_the_method_s_own_and_the_step_is_the_optimiser_s() -> None:
