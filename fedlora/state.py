@@ -83,7 +83,7 @@ class Task:
     pair: Adapter | None = None  # its scale is the task's s
     blocks: tuple[Block, ...] = ()
     extras: Mapping[str, Array] = field(default_factory=dict)
-    public_seed: int | None = None  # A comes from the public generator with this seed and is never sent
+    public_seed: int | None = None  # A (in fed-sb B too) comes from the public generator and is never sent
     sealed: bool = False
     statistics: Mapping[str, float] = field(default_factory=dict)
 
@@ -241,7 +241,7 @@ class Ask:
     public: PublicPair | None = None  # in an evaluation; a training plan says where its A comes from
     personal: PersonalPair | None = None  # in an evaluation
     frozen: Adapter | None = None  # added to W_eff for this client alone; products may be negative
-    arrays: Mapping[str, Array] = field(default_factory=dict)  # `A:`, `B:`, `head:`, `probe:`
+    arrays: Mapping[str, Array] = field(default_factory=dict)  # `A:`, `B:`, `R:`, `head:`, `probe:`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -282,4 +282,9 @@ def test_the_answer_of_the_round_counts_whole() -> None:
 
 def test_the_task_rank_caps_the_clients() -> None:
     capped = SETTINGS.model_copy(update={"task_rank": 2})
-    assert ranks_asked(opened(settings=capped), 1, capped) == {"a": 2, "b": 2, "c": 1}
+    state = opened(settings=capped)
+    assert ranks_asked(state, 1, capped) == {"a": 2, "b": 2, "c": 1}
+    state = one_round(state, 1, noise(1), settings=capped)[0].state
+    closed, _, _ = one_round(state, 2, tails({"a": 0.5}), settings=capped)
+    assert {c: facts["rank"] for c, facts in closed.clients.items()} == {"a": 2.0, "b": 2.0, "c": 1.0}
+    assert ranks_asked(closed.state, 3, capped) == {"a": 1, "b": 2, "c": 1}
