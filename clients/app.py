@@ -42,26 +42,32 @@ ROWS_KEPT = 32  # clients whose encoded rows stay in memory
 
 @app.query()
 def hello(message: Message, context: Context) -> Message:
-    return _reply(message, context)
+    return reply(message, context)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    return _reply(message, context)
+    return reply(message, context)
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
-    return _reply(message, context)
+    return reply(message, context)
 
 
-def _reply(message: Message, context: Context) -> Message:
-    """Answer one message. A refusal of ours travels back as an `error` answer; anything else is Flower's to report."""
+Rows = Callable[[RunConfig, int], tuple[list[TokenRow], list[TokenRow]]]
+
+
+def reply(message: Message, context: Context, *, rows: Rows | None = None) -> Message:
+    """Answer one message. A refusal of ours travels back as an `error` answer; anything else is Flower's to report.
+
+    `rows(config, index)` are what the client trains and scores on, by default its own.
+    """
     config = settings({k: v for k, v in context.run_config.items() if k != "out"})
     data = _bytes(message)
     header, ask = decode_ask(data, max_bytes=config.wire.max_bytes)
     try:
-        answer = respond(config, header, ask, data, context)
+        answer = respond(config, header, ask, data, context, rows=rows)
     except FedLoRAError as error:
         info = {"error": type(error).__name__, "message": str(error)}
         answer = encode_answer(replace(header, kind="error"), Answer(info=info))
@@ -75,9 +81,6 @@ def _bytes(message: Message) -> bytes:
     if not isinstance(record, ArrayRecord) or "bytes" not in record:
         raise WireError("not a fedlora message: expected one array `bytes` in record `fedlora`")
     return record["bytes"].numpy().tobytes()
-
-
-Rows = Callable[[RunConfig, int], tuple[list[TokenRow], list[TokenRow]]]
 
 
 def respond(
@@ -158,12 +161,12 @@ def _train(
     error = None
     if plan is not None and (plan.codec != "float32" or plan.top is not None):
         error = before("error", True)
-        if error is None and not plan.codec.startswith("float"):
+        if error is None:
             raise TrainingError(
-                f"{header.client}: the codec {plan.codec} needs a memory folder for what it leaves out, and this "
-                "client has none; give the node one, or use wire.up=float32"
+                f"{header.client}: wire.up={plan.codec} and wire.top={plan.top} need a memory folder for what they "
+                "leave out, and this client has none: give the node one (FEDLORA_MEMORY), or use float32 and no top"
             )
-        arrays, error = compress(answer.arrays, plan, error or {}, base.layout)
+        arrays, error = compress(answer.arrays, plan, error, base.layout)
         answer = replace(answer, arrays=arrays)
     data = encode_answer(header, answer, "float32" if plan is None else plan.codec)
     for name, left in (("moments", moments), ("parts", kept), ("error", error)):

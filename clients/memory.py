@@ -6,10 +6,13 @@ Flower's context is not trusted to survive.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import secrets
+import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -103,7 +106,7 @@ class Memory:
             before = self._lists()
         except (OSError, ValueError):
             before = {}
-        if list(before)[-1:] == [which]:
+        if list(before)[-1:] == [which] and all((self._folder / f"{d}.block").exists() for d in before[which]):
             return
         for block in blocks:
             _CACHE.put(block.adapter.digest, block)
@@ -115,10 +118,11 @@ class Memory:
         used = {digest for digests in lists.values() for digest in digests}
         for path in self._folder.glob("*.block"):
             if path.stem not in used:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 pooled = self._pool / path.name
-                if pooled.exists() and pooled.stat().st_nlink == 1:
-                    pooled.unlink()
+                with contextlib.suppress(FileNotFoundError):  # another client let it go at the same moment
+                    if pooled.stat().st_nlink == 1:
+                        pooled.unlink()
 
     def _lists(self) -> dict[str, list[str]]:
         """Id -> digests of blocks, those asked for last at the end."""
@@ -129,9 +133,14 @@ class Memory:
         own = self._folder / f"{digest}.block"
         block = _CACHE.get(digest) if own.exists() else None
         if block is None:
-            block = decode_block(own.read_bytes())
-            if block.adapter.digest != digest:
-                raise WireError(f"{own} holds another block than its name says")
+            try:
+                block = decode_block(own.read_bytes())
+                if block.adapter.digest != digest:
+                    raise WireError(f"{own} holds another block than its name says")
+            except WireError:  # damaged: what is sent again must not be linked to it
+                own.unlink(missing_ok=True)
+                (self._pool / own.name).unlink(missing_ok=True)
+                raise
             _CACHE.put(digest, block)
         return block
 
@@ -141,7 +150,10 @@ class Memory:
             if not pooled.exists():
                 self._write_in(self._pool, pooled.name, encode_block(block))
             self._make()
-            os.link(pooled, self._folder / pooled.name)
+            try:
+                os.link(pooled, self._folder / pooled.name)
+            except OSError:  # no links here, or none left: a copy
+                shutil.copyfile(pooled, self._folder / pooled.name)
         except OSError as error:
             raise CheckpointError(
                 f"cannot keep a block in {self._folder}: {error.strerror or error}. Free some space or mend the "
@@ -160,7 +172,7 @@ class Memory:
         self._write_in(self._folder, name, data)
 
     def _write_in(self, folder: Path, name: str, data: bytes) -> None:
-        partial = folder / f"{name}.partial"
+        partial = folder / f"{name}.{secrets.token_hex(4)}.partial"  # other processes may write the same block
         try:
             self._make()
             folder.mkdir(exist_ok=True, mode=0o700)

@@ -137,14 +137,14 @@ def compare(
         raise ConfigError(f"--methods needs one or more different names with commas between, got {methods!r}")
     own = [s.partition(":") for s in sets or [] if ":" in s.partition("=")[0]]
     shared = [s for s in sets or [] if ":" not in s.partition("=")[0]]
-    config = load_config(scenario, [*shared, f"method.name={names[0]}"])
+    config = load_config(scenario, shared)
     for name, _, _ in own:
         if name not in names:
             raise ConfigError(f"--set {name}:...: no method {name!r} is compared here; there are {methods}")
     each = [
         _with(with_method(config, n), [*wire, *(rest for name, _, rest in own if name == n)])
         for n in names
-        for wire in ([[f"wire.up={c}", f"wire.down={c}"] for c in _names(codecs)] if codecs is not None else [[]])
+        for wire in ([_both_ways(n, c) for c in _names(codecs)] if codecs is not None else [[]])
     ]
 
     from fedlora.report.compare import comparison_markdown
@@ -209,6 +209,11 @@ def evaluate(
     console.print(table)
 
 
+def _both_ways(method: str, codec: str) -> list[str]:
+    """A codec up and down; flexlora takes none down."""
+    return [f"wire.up={codec}", *([f"wire.down={codec}"] if method != "flexlora" else [])]
+
+
 def _personal_table(config: Any, run: Path) -> None:
     from simulations.personal import score_personal
 
@@ -255,7 +260,7 @@ def compose(
         float | None, typer.Option("--lambda", help="task-arithmetic, ties, dare: what the result is multiplied by; 1.")
     ] = None,
     examples: Annotated[str | None, typer.Option(help="lorahub: a file of the rows to score weights on.")] = None,
-    evaluations: Annotated[int, typer.Option(help="lorahub: how many weights are tried.", min=1)] = 40,
+    evaluations: Annotated[int | None, typer.Option(help="lorahub: how many weights are tried; 40.", min=1)] = None,
     model: Annotated[str | None, typer.Option(help="The base, if sources do not say or say it differently.")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn: dropped entries, tried weights.")] = 0,
     out: Out = None,

@@ -77,24 +77,24 @@ def compose_folders(
     *,
     model: str | None = None,
     examples: str | None = None,
-    evaluations: int = 40,
+    evaluations: int | None = None,
     overrides: Sequence[str] = (),
     notify: Callable[[str], None] = lambda _: None,
 ) -> Composed:
     """Combine the adapters that `words` name (`NAME=WEIGHT`, see `parse_source`) into the new PEFT folder `out`.
 
     A source without a weight has weight 1; under `lorahub`, weights are where the search starts, 1/n without. `model`
-    says which base all are for, where their folders disagree or do not say; `examples` are the rows that `lorahub`
-    scores on, `overrides` further settings for reading them. `notify` gets a line for each better candidate.
+    says which base all are for, where their folders disagree or do not say. For `lorahub`: `examples` are the rows that
+    it scores on, `evaluations` how many weights it tries (40), `overrides` further settings for reading the rows;
+    `notify` gets a line for each better candidate.
     Equal arguments give equal bytes on one machine.
     Raises: ConfigError, AdapterError, BaseMismatch naming the source; CheckpointError if the disk refuses.
     """
-    if (recipe.how == "lorahub") != (examples is not None):
-        raise ConfigError(
-            "--how lorahub searches weights by their loss on a few rows: say which with --examples FILE"
-            if recipe.how == "lorahub"
-            else f"--examples belongs to lorahub; --how is {recipe.how}, whose weights are given"
-        )
+    searches = {"--examples": examples, "--evaluations": evaluations, "--set": overrides or None}
+    if recipe.how != "lorahub" and (given := [flag for flag, value in searches.items() if value is not None]):
+        raise ConfigError(f"{', '.join(given)}: for lorahub only; --how is {recipe.how}, whose weights are given")
+    if recipe.how == "lorahub" and examples is None:
+        raise ConfigError("--how lorahub searches weights by their loss on a few rows: say which with --examples FILE")
     if not words:
         raise ConfigError("nothing to compose: name one or more adapters, e.g. runs/001-flora=0.7 runs/002-flora=0.3")
     if out.exists():
@@ -105,7 +105,7 @@ def compose_folders(
     weights = tuple(1.0 if s.weight is None else s.weight for s in sources)
     if examples is not None:
         start = [1 / len(sources) if s.weight is None else s.weight for s in sources]
-        found = _searched(sources, start, examples, evaluations, recipe.seed, model, overrides, notify)
+        found = _searched(sources, start, examples, evaluations or 40, recipe.seed, model, overrides, notify)
         weights = found.weights
     result = compose([s.adapter for s in sources], weights, recipe)
     if not any(result.adapter.ranks.values()):

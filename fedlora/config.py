@@ -482,6 +482,26 @@ def _method_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
             "names the client that fltrust holds the others against, e.g. client-00000: set both or neither, got "
             f"rule {robust.rule} and trusted {shown(robust.trusted)}",
         )
+    asked = round(config.rounds.fraction * config.rounds.clients)
+    if robust.rule == "fltrust" and (config.rounds.fraction < 1 or config.rounds.sampling == "poisson"):
+        yield (
+            ("robust.rule", "rounds.fraction", "rounds.sampling"),
+            "fltrust needs the trusted client in every round: use rounds.fraction=1 and rounds.sampling=fraction",
+        )
+    hostile = -(-robust.attackers * asked // 1)
+    least = {"krum": 2 * hostile + 2, "multi-krum": 2 * hostile + 2, "median": 2 * hostile, "trimmed-mean": 2 * hostile}
+    if robust.rule in least and (asked <= least[robust.rule] or config.rounds.sampling == "poisson"):
+        yield (
+            ("robust.rule", "rounds.clients", "rounds.fraction", "rounds.sampling"),
+            f"{robust.rule} against a share of {robust.attackers:g} needs more than {least[robust.rule]:g} clients in "
+            f"every round, got {asked}{' on average' if config.rounds.sampling == 'poisson' else ''}: ask more, lower "
+            "robust.attackers, or use geometric-median",
+        )
+    if config.attack.kind != "none" and name == "fedsa-lora":
+        yield (
+            ("attack.kind", "method.name"),
+            f"fedsa-lora's clients send A alone, which no simulated attack is made for: got {config.attack.kind}",
+        )
     if robust.bound is not None and robust.rule not in ("norm-bound", "centred-clipping"):
         yield (
             ("robust.bound", "robust.rule"),

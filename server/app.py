@@ -31,6 +31,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     config = load_config(flower={k: v for k, v in context.run_config.items() if k != "out"})
     out = str(context.run_config.get("out", ""))
+    if config.attack.kind != "none":
+        raise ConfigError(
+            f"attack.kind: only fedlora simulate and compare have hostile clients, got {config.attack.kind}"
+        )
     if not out:
         raise ConfigError(
             "out: where should the run folder be? Give it as --run-config 'out=\"/path/of/a/new/folder\"'"

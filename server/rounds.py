@@ -45,7 +45,7 @@ from server.holdings import OWNER, Holdings, Offer
 from server.roster import Refusal, Roster, sample
 from server.spool import Spool
 from strategies.base import Closed, Cohort, Member, Method, head_start
-from strategies.configured import configured
+from strategies.configured import PUBLISHED, configured
 
 __all__ = ["SPOOL_MEMORY", "Conductor", "Evaluator", "Notify", "Tally", "evaluation_ask", "summary"]
 
@@ -108,7 +108,9 @@ class Conductor:
             done, state = 0, self._method.open(base, layout, roster.members(), self._config.method, self._config.seed)
             if roster.head:  # where the clients' base brings a head, that is what all start from
                 task = replace(state.open_task, extras={n: np.array(x) for n, x in roster.head.items()})
-                state = replace(state, tasks={**state.tasks, task.name: task})
+                left = {k: x for k, x in state.memory.get(PUBLISHED, {}).items() if not k.startswith("head:")}
+                memory = {**state.memory, PUBLISHED: left} if PUBLISHED in state.memory else state.memory
+                state = replace(state, tasks={**state.tasks, task.name: task}, memory=memory)
             checkpoint.save(self._checkpoints, 0, state)
         else:
             done, state = resumed
@@ -246,13 +248,15 @@ class Conductor:
 
     def _personal_left(self) -> bool:
         """Whether the clients still have to train their local adapters."""
-        done = any(e["event"] == "personal" for e in read_log(self._log.path.parent))
-        return self._config.personal.steps > 0 and not done
+        if self._config.personal.steps == 0:
+            return False
+        return not any(e["event"] == "personal" for e in read_log(self._log.path.parent))
 
     def _personalise(self, state: GlobalState, roster: Roster) -> None:
         """Every client trains a local adapter on the global one and keeps it; both are scored on its own rows."""
         number, steps = self._config.rounds.count + 1, self._config.personal.steps
-        training = replace(local_training(self._config), local_steps=steps, local_epochs=None, optimizer_state="fresh")
+        plain = local_training(self._config, method="plain LoRA")
+        training = replace(plain, local_steps=steps, local_epochs=None, optimizer_state="fresh")
         common = evaluation_ask(state)
         head: tuple[Part, ...] = ("head",) if state.layout.head else ()
         asks: dict[str, Ask] = {}
@@ -279,6 +283,11 @@ class Conductor:
         self._notify({"event": "personal", "clients": len(asks)})
         trained, told = self._ask("train", number, 0, 0, state, asks, roster, tally)
         trained.clear()
+        if not told:
+            why = "; ".join(_say(r) for r in tally.refused[-3:])
+            raise RoundFailed(
+                f"no client could train a local adapter ({why}); the run's own adapter is in its checkpoint"
+            )
         scores: list[dict[str, dict[str, Any]]] = []
         for phase, each in enumerate((dict.fromkeys(own, common), own)):
             there = {c["id"]: each[c["id"]] for c in told}
@@ -294,7 +303,8 @@ class Conductor:
             for client in told
         ]
         refused = [vars(r) for r in sorted(tally.refused, key=lambda r: r.client)]
-        self._log.append({"event": "personal", "steps": steps, "clients": clients, "refused": refused})
+        traffic = {"bytes_down": sum(tally.down.values()), "bytes_up": sum(tally.up.values())}
+        self._log.append({"event": "personal", "steps": steps, "clients": clients, "refused": refused, **traffic})
 
     def _ask(
         self,
@@ -337,9 +347,10 @@ class Conductor:
             return decode_answer(data, max_bytes=wire.max_bytes, expected=expected(client))[1]
 
         def payload(client: str) -> bytes:
-            offer = self._holdings.offer(client, asks[client].blocks, state.version)
-            if not roster.clients[client].keeps:
-                offer = replace(offer, whole="")
+            if roster.clients[client].keeps:
+                offer = self._holdings.offer(client, asks[client].blocks, state.version)
+            else:  # the blocks as they are, so that its weights are bit for bit those of a client that holds them
+                offer = Offer(None, asks[client].blocks, "")
             offers[client] = offer
             ask = replace(asks[client], blocks=offer.blocks, on=offer.on, whole=offer.whole)
             key = tuple(map(id, ask.blocks))

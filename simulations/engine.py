@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
@@ -28,7 +27,12 @@ class LocalGrid(Grid):
     """
 
     def __init__(
-        self, app: ClientApp, *, clients: int, run_config: Mapping[str, Scalar], memory: Path | None = None
+        self,
+        app: Callable[[Message, Context], Message],
+        *,
+        clients: int,
+        run_config: Mapping[str, Scalar],
+        memory: Path | None = None,
     ) -> None:
         self._app = app
         self._config = dict(run_config)

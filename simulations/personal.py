@@ -42,6 +42,10 @@ def export_personal(config: RunConfig, folder: Path) -> None:
     found = latest(folder / "checkpoints")
     assert found is not None  # the run has ended
     state, run = found[1], (folder / "run-id").read_text().strip()
+    kept_in, done = folder / "clients" / run, folder / "clients" / f".done-{run}"
+    if not kept_in.exists():  # a run that was resumed after its end: all is written
+        shutil.rmtree(done, ignore_errors=True)
+        return
     for index in range(config.rounds.clients):
         client = stable_id(index)
         kept = Memory(folder / "clients", run, client).arrays("parts", 10**6)
@@ -55,7 +59,8 @@ def export_personal(config: RunConfig, folder: Path) -> None:
                 task_type=config.model.task_type,
                 head=head,
             )
-    shutil.rmtree(folder / "clients" / run, ignore_errors=True)
+    kept_in.rename(done)  # at once, so that a crash leaves all of it or nothing to export again
+    shutil.rmtree(done, ignore_errors=True)
 
 
 def _own(state: GlobalState, kept: Mapping[str, Array], scale: float) -> tuple[Adapter, dict[str, Array]]:

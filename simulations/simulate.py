@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from clients.app import app as client_app
-from clients.app import encoded, resident_base
+from clients.app import encoded, reply, resident_base
 from fedlora.config import RunConfig, flat
 from fedlora.data import test_rows
 from fedlora.data.prompt import prompt_format
@@ -25,6 +25,7 @@ from fedlora.report.html import write_report
 from fedlora.report.log import RunLog, read_log
 from server.app import run
 from server.evaluate import TestRows
+from simulations.attacks import hostile
 from simulations.engine import LocalGrid
 from simulations.personal import export_personal, has_personal
 from simulations.references import Reference, bare_base, centralised, local_only, scored_rows
@@ -61,7 +62,8 @@ def simulate(
     base = resident_base(config.model)
     test = test_tokens(config)
     evaluator = TestRows(base, test, batch_size=config.evaluation.batch_size) if test else None
-    grid = LocalGrid(client_app, clients=config.rounds.clients, run_config=flat(config), memory=folder / "clients")
+    app = hostile(client_app, config, poisonable=reply) if config.attack.kind != "none" else client_app
+    grid = LocalGrid(app, clients=config.rounds.clients, run_config=flat(config), memory=folder / "clients")
     run(grid, config, folder, evaluator=evaluator, notify=notify)
     log = RunLog(folder)
     rounds = [e for e in read_log(folder) if e["event"] == "round"]
@@ -130,6 +132,8 @@ def check(config: RunConfig) -> None:
     for rank in (config.rank_of(i) for i in range(min(config.rounds.clients, len(config.lora.ranks)))):
         if rank > most:
             raise ConfigError(f"lora.ranks: rank {rank}; the smallest adapted layer allows 1 to {most}")
+    if config.personal.rank is not None and config.personal.rank > most:
+        raise ConfigError(f"personal.rank: {config.personal.rank}; the smallest adapted layer allows 1 to {most}")
     encoded(config, 0)
     test_tokens(config)
 

@@ -36,9 +36,10 @@ from fedlora.data.batches import pad
 from fedlora.data.rows import TokenRow
 from fedlora.errors import AdapterError, BaseMismatch, ConfigError
 from fedlora.state import Ask, Block, Header, TrainPlan
-from fedlora.training.attach import attach, blocks_digest
+from fedlora.training.attach import attach
 from fedlora.training.local import train_client
 from fedlora.training.objective import class_logits
+from fedlora.wire import blocks_id
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -273,9 +274,9 @@ def test_adapters_of_another_base_are_refused(tmp_path: Path) -> None:
 def test_digest_of_blocks_sees_every_value(tmp_path: Path) -> None:
     base = load(llama(tmp_path), target_modules=("q_proj",))
     ads = [random_adapter(base, 1), random_adapter(base, 1), random_adapter(base, 2), random_adapter(base, 1).scaled(2)]
-    digests = [blocks_digest([Block(adapter=a, born=1)]) for a in ads]
+    digests = [blocks_id([Block(adapter=a, born=1)]) for a in ads]
     assert digests[0] == digests[1]
-    assert len({*digests, blocks_digest([])}) == 4
+    assert len({*digests, blocks_id([])}) == 4
 
 
 # -- what names it

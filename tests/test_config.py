@@ -217,6 +217,16 @@ def test_data_of_your_own_is_dealt_evenly_unless_said_otherwise() -> None:
         ),
         (["robust.rule=fltrust"], r"robust\.trusted: names the client.*set both or neither, got rule fltrust"),
         (["robust.trusted=client-00001"], r"robust\.trusted: .*got rule none and trusted .*client-00001"),
+        (
+            ["robust.rule=krum", "rounds.clients=5"],
+            r"robust\.rule: krum against a share of 0\.2 needs more than 4 clients",
+        ),
+        (["robust.rule=multi-krum", "rounds.sampling=poisson"], r"robust\.rule: multi-krum .*got 10 on average"),
+        (
+            ["robust.rule=fltrust", "robust.trusted=client-00000", "rounds.fraction=0.5"],
+            r"robust\.rule: fltrust needs the trusted client in every round",
+        ),
+        (["attack.kind=scaling", "method.name=fedsa-lora"], r"attack\.kind: fedsa-lora's clients send A alone"),
         (["robust.rule=krum", "robust.bound=3"], r"robust\.bound: belongs to norm-bound and centred-clipping"),
         (["wire.top=4", "method.name=fedit"], r"wire\.top: flora and flexlora send products.*got 4"),
         (["wire.up=int8", "method.name=fedsvd"], r"wire\.up: int8 goes with fedex-lora, fedit.*fedsvd's factors"),

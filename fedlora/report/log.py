@@ -157,6 +157,8 @@ class PersonalEvent(TypedDict):
     steps: int
     clients: list[PersonalClient]
     refused: NotRequired[list[Refused]]
+    bytes_up: NotRequired[int]
+    bytes_down: NotRequired[int]
 
 
 class EndEvent(TypedDict):
@@ -214,7 +216,7 @@ class RunLog:
         kept = [
             event
             for event in read_log(self.path.parent)
-            if event["event"] != "end" and (event["event"] != "round" or event["round"] <= round)
+            if event["event"] not in ("end", "personal") and (event["event"] != "round" or event["round"] <= round)
         ]
         new = self.path.with_suffix(".new")
         with _writing(self.path, f"cut the run log to round {round}"):

@@ -23,11 +23,12 @@ from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, TrainingError
 from fedlora.rng import stream
 from fedlora.state import Answer, Ask, Header, TrainPlan
-from fedlora.training.attach import attach, blocks_digest
+from fedlora.training.attach import attach
 from fedlora.training.lora import Pair, to_tensor
 from fedlora.training.objective import counted, loss_sum
 from fedlora.training.schedule import rates
 from fedlora.training.start import Start, check_plan, start
+from fedlora.wire import blocks_id
 
 __all__ = ["train_client"]
 
@@ -83,7 +84,7 @@ def train_client(
     begun = start(ask, plan, header, base.layout, kept)
     with ExitStack() as stack:
         stack.enter_context(_threads(threads))
-        attach(base, ask.blocks, blocks_digest(ask.blocks), ask.frozen, begun.head or None)
+        attach(base, ask.blocks, blocks_id(ask.blocks), ask.frozen, begun.head or None)
         trained = _Trained(base, plan, begun)
         stack.callback(trained.detach)
         if plan.training.checkpointing:

@@ -5,7 +5,8 @@
 Two paths, one client in memory at a time: `ProductSum` with a limit (flora and flexlora with `max_rank`), from answers
 in float32 to the mean, truncated to the limit, and `Sums` of B (ffa-lora). More than 100 clients go through `--many`
 modules only, and so do the rows that they are compared with; `--many 64` is the whole adapter, and takes eight times as
-long. Each run has a process of its own. Peak memory is what it grows by (ru_maxrss) from before the first client.
+long. Each run has a process of its own. Peak memory is what it grows by (ru_maxrss) from before the first client. Holes
+in glibc's heap add up to a tenth over time; MALLOC_MMAP_THRESHOLD_=131072 in the environment keeps arrays out of it.
 
 Clients are made on the fly and their making is not timed. In each module client k has B_k A_k with rows falling as
 1 / sqrt(i): a signal that all share plus as much noise of its own, and rotated by a matrix of its own, so that factors

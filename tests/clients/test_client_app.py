@@ -136,3 +136,11 @@ def test_what_training_refuses_travels_back_and_is_not_kept(
 def test_a_message_that_is_not_ours_is_refused(trained: list[Header], content: RecordDict) -> None:
     [reply] = grid_in(None).send_and_receive([Message(content, 1000, MessageType.TRAIN)])
     assert "WireError: not a fedlora message: expected one array `bytes`" in reply.error.reason
+
+
+@pytest.mark.parametrize("fields", [{"top": 1, "feedback": "product"}, {"codec": "int8"}, {"codec": "bfloat16"}])
+def test_nothing_is_left_out_where_nothing_can_be_remembered(trained: list[Header], fields: dict[str, Any]) -> None:
+    header, answer, _ = ask(grid_in(None), ASK, plan=replace(PLAN, **fields))
+    assert header.kind == "error"
+    assert answer.info["error"] == "TrainingError"
+    assert "need a memory folder" in answer.info["message"]

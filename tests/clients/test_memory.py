@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import stat
 from pathlib import Path
 
@@ -195,6 +196,25 @@ def test_a_damaged_block_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         first.unlink()
     with pytest.raises(BlocksMissing):
         memory.blocks(blocks_id(blocks))
+    memory.keep_blocks(blocks_id(blocks), blocks)  # sent again
+    assert [b.adapter.digest for b in memory.blocks(blocks_id(blocks))] == [b.adapter.digest for b in blocks]
+
+
+def _keep(root: str, client: str) -> None:
+    blocks = [block(i, i) for i in range(40)]
+    memory = Memory(Path(root), "run", client)
+    for n in range(40):
+        memory.keep_blocks(blocks_id(blocks[n : n + 2]), blocks[n : n + 2])
+
+
+def test_clients_of_one_folder_may_keep_blocks_at_the_same_moment(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_keep, args=(str(tmp_path), f"client-{i}")) for i in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
 
 
 def test_a_process_remembers_a_bounded_number_of_bytes() -> None:

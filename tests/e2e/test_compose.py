@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.numpy import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from fedlora.composing import few_shot_loss, parse_source, read_source
 from fedlora.config import ModelConfig, load_config
 from fedlora.data import test_rows as rows_of
 from fedlora.data.prompt import prompt_format
+from fedlora.data.rows import TokenRow
 from fedlora.errors import AdapterError, BaseMismatch, ConfigError, DataError, FedLoRAError
 from fedlora.evaluation.score import score
 from fedlora.peft_bridge import load_adapter
@@ -50,6 +52,14 @@ def peft_folder(base: Path, out: Path, seed: int, *, kind: Any = AutoModelForCau
             nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(out)
     return out
+
+
+def other_head(folder: Path, seed: int) -> dict[str, Any]:
+    """Gives the adapter in `folder` a random head, as training would; PEFT saves the base's own."""
+    g, file = np.random.default_rng(seed), folder / "adapter_model.safetensors"
+    head = {n: g.normal(size=x.shape).astype(np.float32) for n, x in load_adapter(folder)[1].items()}
+    save_file({**load_file(file), **{f"base_model.model.{n}": x for n, x in head.items()}}, file)
+    return head
 
 
 @pytest.fixture
@@ -165,12 +175,7 @@ def test_classifiers_average_their_heads(folders: dict[str, Path], tmp_path: Pat
         peft_folder(folders["bert"], tmp_path / n, i, kind=kind, r=2, target_modules=["query"])
         for i, n in enumerate("ab")
     ]
-    weights = [{n: x + i for n, x in load_adapter(f)[1].items()} for i, f in enumerate(made)]
-    from safetensors.numpy import load_file, save_file
-
-    for folder, head in zip(made, weights, strict=True):
-        file = folder / "adapter_model.safetensors"
-        save_file({**load_file(file), **{f"base_model.model.{n}": x for n, x in head.items()}}, file)
+    weights = [other_head(folder, i) for i, folder in enumerate(made)]
     call("compose", f"{made[0]}=1.5", f"{made[1]}=0.5", "--how", "ties", "--out", str(tmp_path / "out"))
     mean = load_adapter(tmp_path / "out")[1]
     for name, x in mean.items():
@@ -257,21 +262,25 @@ def test_the_loss_of_candidate_weights_is_that_of_the_composed_adapter(
 
 def test_lorahub_of_bare_adapters_needs_a_model(runs: tuple[Path, Path], examples: Path, tmp_path: Path) -> None:
     bare = [str(run / "adapter") for run in runs]
-    words = ("--how", "lorahub", "--examples", str(examples), "--evaluations", "3", "--out", str(tmp_path / "out"))
+    words = ("--how", "lorahub", "--examples", str(examples), "--evaluations", "8")
     with pytest.raises(ConfigError, match="no source is a run that names it: give --model"):
-        call("compose", *bare, *words)
-    said = call("compose", f"{bare[0]}=1", f"{bare[1]}=0.2", *words, "--model", "tiny")
-    assert "on 6 examples at 1.000 0.200" in said
+        call("compose", *bare, *words, "--out", str(tmp_path / "out"))
+    weights = []
+    for seed in "12":
+        out = tmp_path / seed
+        said = call(
+            "compose", f"{bare[0]}=1", f"{bare[1]}=0.9", *words, "--model", "tiny", "--seed", seed, "--out", str(out)
+        )
+        assert "on 6 examples at 1.000 0.900" in said
+        weights.append([s["weight"] for s in json.loads((out / "compose.json").read_text())["sources"]])
+    assert weights[0] != weights[1]
 
 
 def test_lorahub_of_classifiers(folders: dict[str, Path], tmp_path: Path) -> None:
-    from fedlora.data.rows import TokenRow
-
     kind = AutoModelForSequenceClassification
-    made = [
-        read_source(str(peft_folder(folders["bert"], tmp_path / n, i, kind=kind, r=2, target_modules=["query"])))
-        for i, n in enumerate("ab")
-    ]
+    for i, n in enumerate("ab"):
+        other_head(peft_folder(folders["bert"], tmp_path / n, i, kind=kind, r=2, target_modules=["query"]), i)
+    made = [read_source(str(tmp_path / n)) for n in "ab"]
     base = load_base(
         ModelConfig(
             name=str(folders["bert"]),
@@ -384,8 +393,10 @@ def test_mistakes_are_named(two: tuple[Path, Path], tmp_path: Path, monkeypatch:
         (("run=1",), r"run has no adapter yet.*--resume run"),
         (("empty=1",), r"empty is neither a run folder .* nor a PEFT adapter folder"),
         (("a=1", "--out", "empty"), r"empty exists already.*--out"),
+        (("nope=1", "--out", "empty"), r"empty exists already.*--out"),  # known before any work
         (("a=1", "--how", "lorahub"), r"--examples FILE"),
-        (("a=1", "--examples", "rows.jsonl"), r"--examples belongs to lorahub; --how is cat"),
+        (("a=1", "--examples", "rows.jsonl"), r"--examples: for lorahub only; --how is cat"),
+        (("a=1", "--evaluations", "9", "--set", "seed=1"), r"--evaluations, --set: for lorahub only"),
         (("a=1", "a=-1"), r"zero in every module"),
         (("a=0",), r"zero in every module"),
     ):

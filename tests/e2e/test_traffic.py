@@ -51,8 +51,13 @@ def test_logged_bytes_are_what_flower_carried(codec: str, tmp_path: Path) -> Non
     answers = [sum(up for _, up in steps) for is_ask, steps in messages if not is_ask]
 
     header = Header(run="0" * 16, round=0, client=f"node {2**63}", kind="hello", code=code_digest())
-    node = {"partition-id": 0, "num-partitions": CLIENTS, "memory": str(tmp_path)}
-    context = Context(run_id=1, node_id=1, node_config=node, state=RecordDict(), run_config={})
+    context = Context(
+        run_id=1,
+        node_id=1,
+        node_config={"partition-id": 0, "num-partitions": CLIENTS, "memory": str(tmp_path)},
+        state=RecordDict(),
+        run_config={},
+    )
     hello = len(encode_ask(header, Ask())), len(respond(config, header, Ask(), b"", context))
     added_down = [asks.pop(0) - hello[0] for _ in range(CLIENTS)]  # the log does not count the hellos
     added_up = [answers.pop(0) - hello[1] for _ in range(CLIENTS)]
@@ -64,7 +69,17 @@ def test_logged_bytes_are_what_flower_carried(codec: str, tmp_path: Path) -> Non
             added_down.append((asks[i] + asks[CLIENTS + i] - client["bytes_down"]) / 2)  # training and evaluation
             added_up.append((answers[i] + answers[CLIENTS + i] - client["bytes_up"]) / 2)
         del asks[: 2 * CLIENTS], answers[: 2 * CLIENTS]
-    print(codec, "added to asks", added_down, "to answers", added_up, traffic.down, traffic.up, hello, [ (e["bytes_down"],e["bytes_up"],[(c["bytes_down"],c["bytes_up"]) for c in e["clients"]]) for e in logged])
+    print(
+        codec,
+        "added to asks",
+        added_down,
+        "to answers",
+        added_up,
+        traffic.down,
+        traffic.up,
+        hello,
+        [(e["bytes_down"], e["bytes_up"], [(c["bytes_down"], c["bytes_up"]) for c in e["clients"]]) for e in logged],
+    )
     for added in (added_down, added_up):
         assert 0 < min(added) <= max(added) < ENVELOPE
         assert max(added) - min(added) <= VARIES
