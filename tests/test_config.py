@@ -218,7 +218,7 @@ def test_data_of_your_own_is_dealt_evenly_unless_said_otherwise() -> None:
         (["robust.rule=fltrust"], r"robust\.trusted: names the client.*set both or neither, got rule fltrust"),
         (["robust.trusted=client-00001"], r"robust\.trusted: .*got rule none and trusted .*client-00001"),
         (
-            ["robust.rule=krum", "rounds.clients=5"],
+            ["robust.rule=krum", "rounds.clients=4"],
             r"robust\.rule: krum against a share of 0\.2 needs more than 4 clients",
         ),
         (["robust.rule=multi-krum", "rounds.sampling=poisson"], r"robust\.rule: multi-krum .*got 10 on average"),
