@@ -13,7 +13,7 @@ from server.app import open_run
 from simulations.flower import FlowerSimulation
 from simulations.simulate import simulate
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "rounds.count=2",
@@ -30,7 +30,6 @@ SMALL = [
 def test_same_adapters_under_flower_and_in_process(tmp_path: Path) -> None:
     with FlowerSimulation(ROOT, tmp_path / "home") as flower:
         for method, *more in (
-            ("flora",),
             ("flora", "wire.up=int8", "wire.down=int8"),
             ("ffa-lora",),
             ("fedsa-lora",),
