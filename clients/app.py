@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from clients.memory import Memory
 from fedlora.base import Base, load_base
 from fedlora.code import require_one_checkout, require_same_code
-from fedlora.config import ModelConfig, RunConfig, load_config
+from fedlora.config import ModelConfig, RunConfig, load_config, task_config
+from fedlora.continual.tasks import JOINT, replayed
 from fedlora.data import client_rows
 from fedlora.data.prompt import prompt_format
 from fedlora.data.report import tell
@@ -28,16 +29,19 @@ from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, BlocksMissing, FedLoRAError, TrainingError, WireError
 from fedlora.evaluation.score import score
 from fedlora.feedback import compress
+from fedlora.rng import stream
 from fedlora.state import Answer, Ask, Block, Header, keyed, part
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
+from fedlora.training.measure import measure
 from fedlora.training.start import personal_pair, public_pair
 from fedlora.wire import blocks_id, decode_ask, encode_answer
 
 require_one_checkout(__file__)
 
 app = ClientApp()
-ROWS_KEPT = 32  # clients whose encoded rows stay in memory
+ROWS_KEPT = 32  # clients (each with each of its tasks) whose encoded rows stay in memory
+REPLAY_ROWS = 32  # of each old task, where nothing else is said
 
 
 @app.query()
@@ -55,13 +59,13 @@ def evaluate(message: Message, context: Context) -> Message:
     return reply(message, context)
 
 
-Rows = Callable[[RunConfig, int], tuple[list[TokenRow], list[TokenRow]]]
+Rows = Callable[[RunConfig, int, str], tuple[list[TokenRow], list[TokenRow]]]
 
 
 def reply(message: Message, context: Context, *, rows: Rows | None = None) -> Message:
     """Answer one message. A refusal of ours travels back as an `error` answer; anything else is Flower's to report.
 
-    `rows(config, index)` are what the client trains and scores on, by default its own.
+    `rows(config, index, task)` are what the client trains and scores on, by default its own.
     """
     config = settings({k: v for k, v in context.run_config.items() if k != "out"})
     data = _bytes(message)
@@ -86,7 +90,7 @@ def _bytes(message: Message) -> bytes:
 def respond(
     config: RunConfig, header: Header, ask: Ask, data: bytes, context: Context, *, rows: Rows | None = None
 ) -> bytes:
-    """The answer to one ask, as bytes; `rows(config, index)` are what it trains and scores on, by default its own.
+    """The answer to one ask, as bytes. `rows(config, index, task)` are what it trains and scores on, else its own.
 
     Raises: FedLoRAError of the kind that fits.
     """
@@ -119,11 +123,14 @@ def respond(
         return answered
     ask = replace(ask, blocks=whole_blocks(ask, memory), on=None)
     if header.kind == "train":
-        answer = _train(config, base, header, ask, rows(config, index)[0], memory)
+        answer = _train(config, base, header, ask, rows(config, index, ask.task)[0], memory)
         if memory:
             memory.remember(data, answer)
         return answer
-    held_out = rows(config, index)[1]
+    if header.kind == "measure":
+        train = rows(config, index, ask.task)[0]
+        return encode_answer(header, measure(base, header, ask, train, batch_size=config.evaluation.batch_size))
+    held_out = rows(config, index, ask.task)[1]
     metrics = _evaluate(config, base, header, ask, held_out, memory) if held_out else {}
     return encode_answer(header, Answer(examples=len(held_out), metrics=metrics))
 
@@ -150,10 +157,10 @@ def _train(
     config: RunConfig, base: Base, header: Header, ask: Ask, rows: Sequence[TokenRow], memory: Memory | None
 ) -> bytes:
     """One round's training, with what stays here between rounds: moments, own parts, what the codec left out."""
-    plan = ask.plan
+    plan, layout = ask.plan, base.layout if ask.subspace is None else base.layout.within(ask.subspace.dim)
 
     def before(name: str, needed: bool) -> dict[str, NDArray[np.floating]] | None:
-        return memory.arrays(name, header.round) if memory and needed else None
+        return memory.arrays(_of_task(name, ask.task), header.round) if memory and needed else None
 
     moments = before("moments", plan is not None and plan.training.optimizer_state == "keep")
     kept = before("parts", plan is not None and bool(plan.keep))
@@ -166,13 +173,18 @@ def _train(
                 f"{header.client}: wire.up={plan.codec} and wire.top={plan.top} need a memory folder for what they "
                 "leave out, and this client has none: give the node one (FEDLORA_MEMORY), or use float32 and no top"
             )
-        arrays, error = compress(answer.arrays, plan, error, base.layout)
+        arrays, error = compress(answer.arrays, plan, error, layout)
         answer = replace(answer, arrays=arrays)
     data = encode_answer(header, answer, "float32" if plan is None else plan.codec)
     for name, left in (("moments", moments), ("parts", kept), ("error", error)):
         if memory and left is not None:
-            memory.keep_arrays(name, header.round, left)
+            memory.keep_arrays(_of_task(name, ask.task), header.round, left)
     return data
+
+
+def _of_task(name: str, task: str) -> str:
+    """The name under which something of one task is kept, so that a new task begins without."""
+    return f"{name}.{task}" if task else name
 
 
 def _evaluate(
@@ -218,14 +230,28 @@ def _settings(items: tuple[tuple[str, bool | int | float | str], ...]) -> RunCon
     return load_config(flower=dict(items))
 
 
-def encoded(config: RunConfig, index: int) -> tuple[list[TokenRow], list[TokenRow]]:
-    """(training rows, held-out rows) of one client as tokens; the rows of the last clients stay in memory."""
-    return _encoded(config.model_dump_json(), index)
+def encoded(config: RunConfig, index: int, task: str = "") -> tuple[list[TokenRow], list[TokenRow]]:
+    """(training rows, held-out rows) of one client as tokens; the rows of the last clients stay in memory.
+
+    In a task also what the settings have it train on again: some rows of old tasks (`continual.replay_rows` of each,
+    drawn once), or the rows of all tasks. Only the task's own rows are held out, or those of all.
+    """
+    own, *others = replayed(config, task) if task else [""]
+    train, held_out = _encoded(config.model_dump_json(), index, own)
+    most = (config.continual.replay_rows or REPLAY_ROWS) if task != JOINT else None
+    for other in others:
+        again, held = _encoded(config.model_dump_json(), index, other)
+        if task == JOINT:
+            train, held_out = train + again, held_out + held
+            continue
+        drawn = stream(config.seed, "replay", index, other).permutation(len(again))[:most]
+        train = train + [again[i] for i in sorted(drawn)]
+    return train, held_out
 
 
 @lru_cache(maxsize=ROWS_KEPT)
-def _encoded(config_json: str, index: int) -> tuple[list[TokenRow], list[TokenRow]]:
-    config = RunConfig.model_validate_json(config_json)
+def _encoded(config_json: str, index: int, task: str) -> tuple[list[TokenRow], list[TokenRow]]:
+    config = task_config(RunConfig.model_validate_json(config_json), task)
     rows = client_rows(config, index)
     form = prompt_format(config, resident_base(config.model).tokenizer)
     train, trained_on = form.encode(rows.train)

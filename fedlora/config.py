@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedlora.config_text import (
     UNSET,
@@ -30,7 +32,7 @@ from fedlora.config_text import (
     wrong_value,
 )
 from fedlora.errors import ConfigError
-from fedlora.state import Codec, LocalTraining
+from fedlora.state import Codec, LocalTraining, Overlap
 
 Positive = Annotated[int, Field(ge=1)]
 Name = Annotated[str, Field(min_length=1)]
@@ -49,7 +51,30 @@ MethodName = Literal[
     "rolora",
 ]
 
+ContinualName = Literal[
+    "ewc",
+    "incremental",
+    "input-aware",
+    "joint",
+    "nearest-mean",
+    "o-lora",
+    "replay",
+    "separate",
+    "sequential",
+    "subspace",
+]
+
 METHOD_NAMES: Final[tuple[str, ...]] = get_args(MethodName)
+CONTINUAL_NAMES: Final[tuple[str, ...]] = get_args(ContinualName)
+TASK_KEYS: Final = ("name", "start", "clients", "rank")  # of a task's table; all others are settings
+_OF_A_TASK: Final = (
+    "data.",
+    "training.",
+    "method.",
+    "rounds.count",
+    "rounds.fraction",
+    "continual.task_dim",
+)  # settings that a task may have for itself
 FLOWER_ONLY: Final[Mapping[str, Scalar]] = {
     "out": ""
 }  # keys of Flower's run config that are no setting: the run folder
@@ -97,6 +122,21 @@ _PAIRS: Final[Mapping[tuple[str, str], tuple[tuple[str, ...], str]]] = {
     ("robust.rule", "median"): (("ffa-lora",), "entries mean the same for all clients only under a common frozen A"),
     ("robust.rule", "trimmed-mean"): (("ffa-lora",), "entries mean the same only under a common frozen A"),
 }
+_OPTIMIZERS: Final = ("momentum", "adam", "yogi")
+_ATTACKS: Final = ("sign-flip", "scaling", "gaussian", "label-flip", "little-is-enough", "collusion", "backdoor")
+_READ_BY: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "server.rate": ("server.optimizer", _OPTIMIZERS),
+    "server.beta1": ("server.optimizer", _OPTIMIZERS),
+    "server.beta2": ("server.optimizer", ("adam", "yogi")),
+    "server.tau": ("server.optimizer", ("adam", "yogi")),
+    "robust.attackers": ("robust.rule", ("krum", "multi-krum", "median", "trimmed-mean")),
+    "attack.share": ("attack.kind", _ATTACKS),
+    "attack.strength": ("attack.kind", _ATTACKS),
+}  # settings of a kind of thing: the setting that names the kind, and the kinds that read them
+
+
+_FROZEN_A: Final = ("fed-sb", "ffa-lora")
+_TASK_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
 class _Conflicts(ValueError):
@@ -171,6 +211,9 @@ class DataConfig(_Section):
     skills: tuple[Name, ...] = Field((), description="skills by name; empty: all private ones")
     rows_per_client: Positive = Field(300, description="skills: generated rows per client")
     test_rows: Positive = Field(240, description="skills: generated test rows in all")
+    labels: tuple[Name, ...] = Field(
+        (), description="the labels that these rows can have, in order, among model.labels; empty: all of those"
+    )
     holdout: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of each client's rows held out for evaluation"
     )
@@ -330,7 +373,7 @@ class RobustConfig(_Section):
         "trimmed-mean",
     ] = "none"
     attackers: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.2, description="share of hostile clients that krum, multi-krum and trimmed-mean are set up for"
+        0.2, description="share of hostile clients that krum, multi-krum, median and trimmed-mean are set up for"
     )
     bound: Annotated[float, Field(gt=0)] | None = Field(
         None, description="norm-bound, centred-clipping: largest Frobenius norm; None: the round's median norm"
@@ -362,6 +405,42 @@ class PersonalConfig(_Section):
     rank: Positive | None = Field(None, description="None: the client's own")
 
 
+class ContinualConfig(_Section):
+    """How tasks that come one after another are kept apart; read only where there are `tasks`."""
+
+    method: ContinualName = Field(
+        "input-aware",
+        description="what a new task may do to the old ones: a subspace designed from inputs, a public one of its own, "
+        "O-LoRA's penalty, or a baseline",
+    )
+    task_dim: Positive | None = Field(
+        None,
+        description="subspace, input-aware: dimensions of a task's subspace; None: the largest client rank where A is "
+        "frozen, four times that where it is trained",
+    )
+    energy: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.95, description="input-aware: share of the squared norm of old inputs that new tasks keep off"
+    )
+    sketch: Positive | None = Field(
+        None, description="input-aware: columns of the sketch of each input that a client sends; None: 64"
+    )
+    penalty: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="weight of the penalty; None: 0.5 for o-lora, 100 for ewc"
+    )
+    penalty_form: Overlap | None = Field(
+        None, description="o-lora: sum of squares (paper), of absolute values (its code), or of normalised overlaps"
+    )
+    replay_rows: Positive | None = Field(
+        None, description="replay: rows of each old task that a client keeps and trains on again; None: 32"
+    )
+    rank: Positive | None = Field(
+        None, description="rank that a finished task is cut to, with the loss reported; None: nothing is lost"
+    )
+    routing: bool = Field(
+        True, description="clients sum the frozen base's features by class, so that inputs find tasks"
+    )
+
+
 class RunConfig(_Section):
     """One run. From TOML, dotted overrides, or Flower's run config: the same value."""
 
@@ -379,6 +458,19 @@ class RunConfig(_Section):
     robust: RobustConfig = RobustConfig()
     personal: PersonalConfig = PersonalConfig()
     attack: AttackConfig = AttackConfig()
+    continual: ContinualConfig = ContinualConfig()
+    tasks: tuple[dict[str, str], ...] = Field(
+        (),
+        description="tasks in order, each a table: name, and what is its own of data, training, method, rounds.count, "
+        "rounds.fraction, continual.task_dim; start, clients, rank",
+    )
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _task_tables(cls, data: object) -> object:
+        if not isinstance(data, list | tuple) or not all(isinstance(task, Mapping) for task in data):
+            return data
+        return [{key: _text(value) for key, value in _flattened(task, [])} for task in data]
 
     def rank_of(self, index: int) -> int:
         """The LoRA rank of the client with this index: `lora.ranks`, repeated in turn."""
@@ -406,8 +498,13 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     if (training.local_steps is None) == (training.local_epochs is None):
         what = "neither" if training.local_steps is None else f"{training.local_steps} and {training.local_epochs:g}"
         yield _EXCLUSIVE, f"set exactly one of local_steps and local_epochs, got {what}"
+    if lost := [name for name in data.labels if name not in model.labels]:
+        yield (
+            ("data.labels", "model.labels"),
+            f"must be among model.labels ({shown(model.labels)}), and {shown(lost)} is not",
+        )
     if model.task_type == "sequence-classification":
-        if data.name == "skills":
+        if data.name == "skills" and not config.tasks:
             yield (
                 ("model.task_type", "data.name"),
                 "the embedded skills are prompts with answers, not labelled texts: set data.name, or use causal-lm",
@@ -438,7 +535,9 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
             ("lora.rslora", "lora.alpha"),
             "scales alpha by the root of the rank and lora.alpha is none: set lora.alpha, or leave rslora off",
         )
+    yield from _ignored(config)
     yield from _method_conflicts(config)
+    yield from _continual_conflicts(config)
     for key, methods in _BELONGS_TO.items():
         value = getattr(config.method, key.removeprefix("method."))
         if value not in (None, False) and config.method.name not in methods:
@@ -446,6 +545,24 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
                 (key, "method.name"),
                 f"belongs to {', '.join(methods)}; the method is {config.method.name} and got {shown(value)}",
             )
+
+
+def _ignored(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings other than their default that no part of this run reads, and what would read them."""
+    given = {leaf.key: value for leaf, value in _values(config)}
+    for key, (owner, readers) in _READ_BY.items():
+        if given[key] != _LEAVES[key].default and given[owner] not in readers:
+            yield (
+                (key, owner),
+                f"has no effect while {owner} is {given[owner]}, got {shown(given[key])}: leave it out, or set {owner} "
+                f"to {' or '.join(readers)}",
+            )
+    if config.personal.rank is not None and config.personal.steps == 0:
+        yield (
+            ("personal.rank", "personal.steps"),
+            f"has no effect while personal.steps is 0, got {config.personal.rank}: leave it out, or set personal.steps "
+            "to 1 or more",
+        )
 
 
 def _method_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -533,6 +650,68 @@ def _method_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
         )
 
 
+def _continual_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What tasks, and the way that they are kept apart, cannot be combined with."""
+    tasks, way, name = config.tasks, config.continual, config.method.name
+    if not tasks:
+        plain = ContinualConfig()
+        for key in type(way).model_fields:
+            if getattr(way, key) != getattr(plain, key):
+                yield (f"continual.{key}", "tasks"), f"needs tasks, and there are none; got {shown(getattr(way, key))}"
+        return
+    names = [task.get("name", "") for task in tasks]
+    for task_name in sorted({n for n in names if not _TASK_NAME.fullmatch(n) or names.count(n) > 1}):
+        yield (
+            ("tasks",),
+            f"every task needs a name of its own, of letters, digits, '_', '-' and '.', got {shown(task_name)}"
+            f"{' twice' if names.count(task_name) > 1 else ''}",
+        )
+    for task in tasks:
+        for key in task.keys() - set(TASK_KEYS):
+            if not key.startswith(_OF_A_TASK) or key not in _LEAVES:
+                yield (
+                    ("tasks",),
+                    f"{task.get('name')}: {key} is no setting of a task; there are {', '.join(TASK_KEYS)}, and those "
+                    f"that begin with {', '.join(_OF_A_TASK)}",
+                )
+        for key in ("start", "rank"):
+            if key in task and not (task[key].isdecimal() and int(task[key]) > 0):
+                yield ("tasks",), f"{task.get('name')}: {key} must be a whole number from 1 on, got {shown(task[key])}"
+    for key, value, methods in (
+        ("task_dim", way.task_dim, ("subspace", "input-aware")),
+        ("sketch", way.sketch, ("input-aware",)),
+        ("penalty", way.penalty, ("o-lora", "ewc")),
+        ("penalty_form", way.penalty_form, ("o-lora",)),
+        ("replay_rows", way.replay_rows, ("replay",)),
+    ):
+        if value is not None and way.method not in methods:
+            yield (
+                (f"continual.{key}", "continual.method"),
+                f"belongs to {', '.join(methods)}; the method is {way.method} and got {shown(value)}",
+            )
+    if name == "fedsa-lora":
+        yield ("tasks", "method.name"), "fedsa-lora's B stays with the clients, so no task could be sealed: use another"
+    if way.method == "o-lora" and name in _FROZEN_A:
+        yield (
+            ("continual.method", "method.name"),
+            f"o-lora is a penalty on A, and {name} freezes A: it would be a constant. Use subspace or input-aware, or "
+            "a method that trains A, such as fedit",
+        )
+    if way.method == "ewc" and name not in ("fedit", "ffa-lora"):
+        yield (
+            ("continual.method", "method.name"),
+            f"ewc holds the entries of one pair that goes on from task to task, as fedit and ffa-lora have: got {name}",
+        )
+    if config.attack.kind != "none":
+        yield ("attack.kind", "tasks"), f"no simulated attack is made for runs with tasks: got {config.attack.kind}"
+    if way.method == "nearest-mean" and config.model.task_type != "sequence-classification":
+        yield ("continual.method", "model.task_type"), "nearest-mean needs classes: use sequence-classification"
+    if config.personal.steps:
+        yield ("personal.steps", "tasks"), "local adapters come after a run of one task: leave it at 0"
+    if config.training.optimizer_state == "keep":
+        yield ("training.optimizer_state", "tasks"), "a new task begins with new moments: use fresh"
+
+
 def load_config(
     path: Path | None = None,
     overrides: Sequence[str] = (),
@@ -562,12 +741,62 @@ def load_config(
     merged: dict[str, object] = {}
     for layer in layers:
         _lay(merged, layer, mistakes)
+    _name_labels(merged)
     config = _validated(merged, mistakes)
-    if config is None:
+    if config is not None:
+        mistakes += _wrong_tasks(config)
+    if config is None or mistakes:
         where = f" ({path})" if path is not None else ""
         count = f"{len(mistakes)} mistake{'s' if len(mistakes) > 1 else ''}"
         raise ConfigError(f"{count} in the settings{where}:\n" + "\n".join(f"  {m}" for m in mistakes))
     return config
+
+
+def _name_labels(merged: dict[str, object]) -> None:
+    """Where tasks have labels of their own and nothing says `model.labels`, those are all of theirs, in order."""
+    tasks = merged.get("tasks")
+    tables = _LEAVES["tasks"].read(tasks)
+    if not isinstance(tables, list | tuple) or not is_nothing(merged.get("model.labels")):
+        return
+    names: dict[str, None] = {}
+    for table in tables:
+        if isinstance(table, Mapping):
+            found = _LEAVES["data.labels"].read(dict(_flattened(table, [])).get("data.labels", ""))
+            names |= dict.fromkeys(found if isinstance(found, list | tuple) else ())
+    if names:
+        merged["model.labels"] = list(names)
+
+
+def _wrong_tasks(config: RunConfig) -> list[str]:
+    """Mistakes in the settings that tasks have for themselves, one a line."""
+    found = []
+    for task in config.tasks:
+        try:
+            task_config(config, task["name"])
+        except ConfigError as error:
+            found += [f"tasks, {task['name']}: {line.strip()}" for line in str(error).splitlines()[1:]]
+    return found
+
+
+def task_config(config: RunConfig, name: str) -> RunConfig:
+    """The settings of one task as those of a run of its own; `config` itself where there are no tasks and no name.
+
+    Raises: ConfigError if there is no such task, with those that there are.
+    """
+    if not config.tasks and not name:
+        return config
+    return _task_config(config.model_dump_json(), name)
+
+
+@lru_cache(maxsize=64)
+def _task_config(text: str, name: str) -> RunConfig:
+    config = RunConfig.model_validate_json(text)
+    tables = {task["name"]: task for task in config.tasks}
+    if name not in tables:
+        raise ConfigError(f"no task is called {name!r}; there are {', '.join(tables) or 'none'}")
+    plain = config.model_copy(update={"tasks": (), "continual": ContinualConfig(), "name": name})
+    own = [f"{k}={v}" for k, v in tables[name].items() if k not in TASK_KEYS and not k.startswith("continual.")]
+    return load_config(None, own, flower=flat(plain))
 
 
 def _validated(merged: dict[str, object], mistakes: list[str]) -> RunConfig | None:
@@ -626,6 +855,13 @@ def _flattened(values: Mapping[str, Any], mistakes: list[str], above: str = "") 
             yield key, value
 
 
+def _text(value: object) -> str:
+    """A TOML or JSON value as the text that stands for it in any setting."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, list | tuple | dict) else str(value)
+
+
 def _values(config: RunConfig) -> Iterator[tuple[Leaf, Any]]:
     for leaf in _LEAVES.values():
         value: Any = config
@@ -645,11 +881,18 @@ def to_toml(config: RunConfig) -> str:
     None is left out, except where the default is another value: there it is the word `none`.
     """
     written = {
-        leaf.key: "none" if value is None else list(value) if isinstance(value, tuple) else value
+        leaf.key: "none" if value is None else _plain(value)
         for leaf, value in _values(config)
         if not (value is None and leaf.default is None)
     }
     return tomli_w.dumps(nested(written))
+
+
+def _plain(value: Any) -> Any:
+    """A value for TOML: tuples as lists, tables with dotted keys as tables in tables."""
+    if isinstance(value, tuple):
+        return [nested(item) if isinstance(item, dict) else item for item in value]
+    return value
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:

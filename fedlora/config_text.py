@@ -61,6 +61,8 @@ class Leaf:
         if isinstance(value, tuple | dict):
             if not value:
                 return "none" if self.default else ""
+            if isinstance(value, tuple) and isinstance(value[0], dict):
+                return json.dumps(value, ensure_ascii=False)
             pairs = [f"{k}={v}" for k, v in value.items()] if isinstance(value, dict) else [str(v) for v in value]
             simple = ",".join(pairs)
             same = value if isinstance(value, dict) else pairs

@@ -47,14 +47,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Literal
 
 import numpy as np
 
 from fedlora.adapter import Adapter, Array, Factors, difference, require_finite, truncated
 from fedlora.codec import rounded, travels
 from fedlora.errors import AdapterError, MethodError
-from fedlora.state import Codec, GlobalState, Layout, Part, Task, TrainPlan, keyed, part, zero_adapter
+from fedlora.state import Codec, GlobalState, Layout, Task, TrainPlan, keyed, part, zero_adapter
 
 __all__ = ["compress", "publish"]
 
@@ -96,18 +95,14 @@ def publish(
     codec: Codec,
     error: Mapping[str, Array],
     *,
-    pair: Literal["coordinates", "product"] | None = "coordinates",
-    memory: Mapping[str, Collection[Part]] | None = None,
     starts: Collection[str] = (),
 ) -> tuple[GlobalState, Arrays]:
     """The state that everyone is to hold instead of `after`, exact in `codec`, and the error for the next time.
 
     `before` is the published state that `after` was made from; None at the opening. What the open task has and `before`
-    has not, byte for byte, is rounded with feedback: blocks as products; the pair by entry or, where its factors are
-    made anew from the product, as a product (None: not at all); heads by entry. A public A never travels and stays. A
-    new task starts without errors. `memory` names arrays in the memory that travel (owner -> parts); they are rounded
-    by entry, with feedback. Pairs in the memory of the owners in `starts`, which the next round starts from and takes
-    off again, are rounded without. Everything else, and the version, is as it was.
+    has not, byte for byte, is rounded with feedback: blocks as products, the pair and heads by entry. A public A never
+    travels and stays. A new task starts without errors. Pairs in the memory of the owners in `starts`, which the next
+    round starts from and takes off again, are rounded without. Everything else, and the version, is as it was.
     Raises: AdapterError for an error of another model; WireError for a value that overflows the codec.
     """
     if codec == "float32":
@@ -122,26 +117,18 @@ def publish(
     )
     heads = rounding.entries("", keyed("head", task.extras), {} if old is None else keyed("head", old.extras))
     published = replace(task, blocks=blocks, extras=part(heads, "head"))
-    if task.pair is not None and pair is not None:
-        published = replace(published, pair=_published_pair(rounding, task, old, task.pair, pair))
-    memories = dict(after.memory)
-    for owner, arrays in after.memory.items():
-        mine = {k: x for k, x in arrays.items() if k.split(":", 1)[0] in (memory or {}).get(owner, ())}
-        was = before.memory.get(owner, {}) if before is not None else {}
-        memories[owner] = {**arrays, **rounding.entries(f"memory/{owner}/", mine, was)}
-        if owner in starts:
-            memories[owner] = {k: rounded(x, codec, k) if travels(k, x.shape) else x for k, x in arrays.items()}
+    if task.pair is not None:
+        published = replace(published, pair=_published_pair(rounding, task, old, task.pair))
+    memories = {
+        owner: {k: rounded(x, codec, k) if owner in starts and travels(k, x.shape) else x for k, x in arrays.items()}
+        for owner, arrays in after.memory.items()
+    }
     return replace(after, tasks={**after.tasks, task.name: published}, memory=memories), rounding.error
 
 
-def _published_pair(
-    rounding: _Rounding, task: Task, old: Task | None, pair: Adapter, how: Literal["coordinates", "product"]
-) -> Adapter:
+def _published_pair(rounding: _Rounding, task: Task, old: Task | None, pair: Adapter) -> Adapter:
     was = {} if old is None or old.pair is None else _factors(old.pair)
     now = _factors(pair)
-    if how == "product":
-        same = was.keys() == now.keys() and all(np.array_equal(x, was[key]) for key, x in now.items())
-        return pair if same else rounding.product("pair", pair)
     travelling = {k: x for k, x in now.items() if task.public_seed is None or k.startswith("B:")}
     new = now | rounding.entries("pair/", travelling, was)
     return Adapter({n: Factors(new[f"A:{n}"], new[f"B:{n}"], f.scale) for n, f in pair.items()})

@@ -13,6 +13,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -22,37 +23,56 @@ from fedlora.errors import AdapterError
 
 Part = Literal["A", "B", "R", "head"]
 Codec = Literal["float32", "float16", "bfloat16", "int8", "int4"]
-Kind = Literal["hello", "train", "evaluate", "error"]  # error: an answer only; its info says what went wrong
+Kind = Literal["hello", "train", "measure", "evaluate", "error"]  # error: an answer only; its info says what is wrong
+Overlap = Literal["squared", "absolute", "normalised"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Module:
-    """One adapted module of the base. `kind` says how the product acts: embeddings look A's columns up."""
+    """One adapted module of the base. `kind` says how the product acts: embeddings look A's columns up.
+
+    `shares` names the module (the first by name) that reads the same input, as q, k and v of a layer do; empty: itself.
+    """
 
     out: int
     inp: int
     kind: Literal["linear", "conv1d", "embedding"] = "linear"
+    shares: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """What may be trained: adapted modules by name, and dense extras (a classifier head) with their shapes."""
+    """What may be trained: adapted modules by name, and dense extras (a classifier head) with their shapes.
+
+    `features` is the width of the base's last hidden states, 0 where nobody says.
+    """
 
     modules: Mapping[str, Module]
     head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    features: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "modules": {n: [m.out, m.inp, m.kind] for n, m in sorted(self.modules.items())},
+            "modules": {n: [m.out, m.inp, m.kind, m.shares] for n, m in sorted(self.modules.items())},
             "head": {n: list(s) for n, s in sorted(self.head.items())},
+            "features": self.features,
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Layout:
         return cls(
-            modules={n: Module(out=o, inp=i, kind=k) for n, (o, i, k) in sorted(data["modules"].items())},
+            modules={n: Module(out=o, inp=i, kind=k, shares=s) for n, (o, i, k, s) in sorted(data["modules"].items())},
             head={n: tuple(s) for n, s in sorted(data["head"].items())},
+            features=data["features"],
         )
+
+    def inputs(self) -> dict[str, int]:
+        """Every different input of an adapted module, by the name of the first module that reads it, and its width."""
+        return {n: m.inp for n, m in self.modules.items() if m.shares in ("", n)}
+
+    def within(self, dim: int) -> Layout:
+        """The same modules as seen in the coordinates of a subspace of `dim` dimensions: every A has `dim` columns."""
+        return replace(self, modules={n: replace(m, inp=dim) for n, m in self.modules.items()})
 
     @property
     def digest(self) -> str:
@@ -76,8 +96,25 @@ class Block:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Subspace:
+    """Where every A of a task lies: `A = M N` with N `[dim, in]`, orthonormal rows, for each module.
+
+    With a `seed` N is public: rows `start` to `start + dim` of the orthonormal basis of that module from the public
+    generator, which every client makes by itself. Without one N was designed, and travels as `N:` arrays.
+    """
+
+    dim: int
+    start: int = 0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task: its trained pair (if the method keeps one), its blocks, its dense extras such as a head."""
+    """One task: its trained pair (if the method keeps one), its blocks, its dense extras such as a head.
+
+    With a `subspace` the A of pair and blocks are coordinates M `[rank, dim]` in its `basis`, by module `[dim, in]`;
+    `full` gives them as they act on the base.
+    """
 
     name: str
     pair: Adapter | None = None  # its scale is the task's s
@@ -86,6 +123,30 @@ class Task:
     public_seed: int | None = None  # A (in fed-sb B too) comes from the public generator and is never sent
     sealed: bool = False
     statistics: Mapping[str, float] = field(default_factory=dict)
+    subspace: Subspace | None = None
+    basis: Mapping[str, Array] = field(default_factory=dict)
+
+    @cached_property
+    def full(self) -> Task:
+        """The same task without a subspace: every A is `M N`, computed in float64, in float32 `[rank, in]`."""
+        if self.subspace is None:
+            return self
+
+        def expanded(adapter: Adapter) -> Adapter:
+            return Adapter({n: Factors(times(f.a, self.basis[n]), f.b, f.scale) for n, f in adapter.items()})
+
+        return replace(
+            self,
+            pair=None if self.pair is None else expanded(self.pair),
+            blocks=tuple(replace(b, adapter=expanded(b.adapter)) for b in self.blocks),
+            subspace=None,
+            basis={},
+        )
+
+
+def times(m: Array, n: Array) -> Array:
+    """`M N` in float64, rounded once to float32: `[rank, dim] [dim, in] -> [rank, in]`."""
+    return (m.astype(np.float64) @ n.astype(np.float64)).astype(np.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,8 +178,9 @@ class GlobalState:
 
     def update(self) -> Adapter:
         """W_eff - W0 as one exact adapter of scale 1 (ranks add up); rank 0 for a state that has learnt nothing."""
-        terms = [b.adapter for t in self.tasks.values() for b in t.blocks]
-        terms += [t.pair for t in self.tasks.values() if t.pair is not None]
+        tasks = [t.full for t in self.tasks.values()]
+        terms = [b.adapter for t in tasks for b in t.blocks]
+        terms += [t.pair for t in tasks if t.pair is not None]
         return stack(terms) if terms else zero_adapter(self.layout, 0)
 
 
@@ -179,6 +241,12 @@ class TrainPlan:
     keep: tuple[Part, ...] = ()
     tail: int = 0  # the last trained rows of A and columns of B that `tail_penalty` presses towards zero
     tail_penalty: float = 0.0  # adds tail_penalty * sum over modules of ||B_tail||_F ||A_tail||_F to the loss
+    against: int = 0  # the first so many blocks of the ask are of sealed tasks, which `overlap` is measured against
+    overlap: float = (
+        0.0  # weight of the penalty on the overlap of A with the A of those blocks, see training/penalty.py
+    )
+    overlap_form: Overlap = "squared"
+    anchor: float = 0.0  # weight of 1/2 sum fisher (x - anchor)^2; the ask carries both for A and B, see `Ask.arrays`
     codec: Codec = "float32"  # how the answer's arrays travel
     feedback: Literal["coordinates", "product"] = (
         "coordinates"  # where the codec's error is remembered, see feedback.py
@@ -227,6 +295,25 @@ class PersonalPair:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Measure:
+    """What a client measures on its training rows, under what the ask attaches. All are sums over rows, or means that
+    become sums times the answer's `examples`, so that what clients give adds (and can be added where nobody sees one of
+    them). Arrays of the answer, float32:
+
+    `sketch:input` `[in, sketch]`, the mean of x x^T Omega over the tokens' inputs x of every `Layout.inputs`, with
+    Omega from `public_normal(seed, "sketch", input, shape=(in, sketch))`, and `energy:input` `[1]`, the mean of |x|^2;
+    `feature:sum` `[classes, features]` and `feature:count` `[classes]`: features of the bare base by label (one class
+    for rows without labels), each scaled to norm 1; `fisher-A:module`, `fisher-B:module`: the sum over at most `fisher`
+    rows of the squared gradient of that row's loss, by entry of the ask's `A:` and `B:`.
+    """
+
+    sketch: int = 0
+    seed: int = 0
+    classes: int = 0  # 0: no features
+    fisher: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ask:
     """What one client is asked: blocks of W_eff (the same for all), its own frozen factors, arrays to start from.
 
@@ -234,14 +321,19 @@ class Ask:
     them together (`fedlora.wire.blocks_id`); empty: the client need not hold them any longer than for this ask.
     """
 
-    plan: TrainPlan | None = None  # None in a hello and in an evaluation
+    task: str = ""  # whose rows and settings the client uses; empty in a run without tasks
+    plan: TrainPlan | None = None  # None but for training
+    measure: Measure | None = None
+    subspace: Subspace | None = None  # the A of plan and arrays are coordinates in it
     blocks: tuple[Block, ...] = ()
     on: str | None = None
     whole: str = ""
     public: PublicPair | None = None  # in an evaluation; a training plan says where its A comes from
     personal: PersonalPair | None = None  # in an evaluation
     frozen: Adapter | None = None  # added to W_eff for this client alone; products may be negative
-    arrays: Mapping[str, Array] = field(default_factory=dict)  # `A:`, `B:`, `R:`, `head:`, `probe:`
+    # `A:`, `B:`, `R:`, `head:`, `probe:` (with `probe:N/module` of a public subspace), `N:` of a designed one, and for
+    # an anchored plan `fisher-A:`, `fisher-B:`, `anchor-A:`, `anchor-B:`
+    arrays: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,11 +362,29 @@ def expected_shapes(plan: TrainPlan, layout: Layout) -> dict[str, tuple[int, ...
     return shapes
 
 
-def part(arrays: Mapping[str, Array], name: Part | Literal["probe"]) -> dict[str, Array]:
+def expected_arrays(ask: Ask, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every array that an answer to `ask` must carry: of its plan, or of what it measures."""
+    if ask.plan is not None:
+        return expected_shapes(ask.plan, layout if ask.subspace is None else layout.within(ask.subspace.dim))
+    shapes: dict[str, tuple[int, ...]] = {}
+    if ask.measure is None:
+        return shapes
+    if ask.measure.sketch:
+        for name, width in layout.inputs().items():
+            shapes[f"sketch:{name}"], shapes[f"energy:{name}"] = (width, ask.measure.sketch), (1,)
+    if ask.measure.classes:
+        shapes["feature:sum"] = (ask.measure.classes, layout.features)
+        shapes["feature:count"] = (ask.measure.classes,)
+    if ask.measure.fisher:
+        shapes |= {f"fisher-{key}": x.shape for key, x in ask.arrays.items() if key[:2] in ("A:", "B:")}
+    return shapes
+
+
+def part(arrays: Mapping[str, Array], name: str) -> dict[str, Array]:
     """The arrays of one part, keyed by module: `part({"A:q": x}, "A") == {"q": x}`."""
     return {key.split(":", 1)[1]: x for key, x in arrays.items() if key.split(":", 1)[0] == name}
 
 
-def keyed(name: Part | Literal["probe"], arrays: Mapping[str, Array]) -> dict[str, Array]:
+def keyed(name: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
     """The inverse of `part`: `keyed("A", {"q": x}) == {"A:q": x}`."""
     return {f"{name}:{module}": x for module, x in arrays.items()}

@@ -32,9 +32,11 @@ from fedlora.state import (
     GlobalState,
     Header,
     Layout,
+    Measure,
     Module,
     PersonalPair,
     PublicPair,
+    Subspace,
     Task,
     TrainPlan,
 )
@@ -88,7 +90,10 @@ def encode_ask(header: Header, ask: Ask, codec: Codec = "float32", *, shared: Bl
     own = body(tensors)
     values = {
         "header": asdict(header),
+        "task": ask.task,
         "plan": None if ask.plan is None else asdict(ask.plan),
+        "measure": None if ask.measure is None else asdict(ask.measure),
+        "subspace": None if ask.subspace is None else asdict(ask.subspace),
         "blocks": [[b.born, b.since, _scales(b.adapter)] for b in ask.blocks],
         "on": ask.on,
         "whole": ask.whole,
@@ -103,12 +108,16 @@ def encode_ask(header: Header, ask: Ask, codec: Codec = "float32", *, shared: Bl
 
 def decode_ask(data: bytes, *, max_bytes: int) -> tuple[Header, Ask]:
     """The header and ask of a message; arrays float32. Raises: WireError saying what is wrong with the bytes."""
-    names = {"header", "plan", "blocks", "on", "whole", "public", "personal", "frozen", "codec", "packed"}
+    names = {"header", "task", "plan", "measure", "subspace", "blocks", "on", "whole", "public", "personal", "frozen"}
+    names |= {"codec", "packed"}
     values, tables = open_message(data, "ask", max_bytes, names, bodies=2)
     own, shared = _arrays_in(tables, values)
     frozen = from_json(Mapping[str, float] | None, values["frozen"], "frozen")
     ask = Ask(
+        task=from_json(str, values["task"], "task"),
         plan=from_json(TrainPlan | None, values["plan"], "plan"),
+        measure=from_json(Measure | None, values["measure"], "measure"),
+        subspace=from_json(Subspace | None, values["subspace"], "subspace"),
         blocks=_take_blocks(shared, "", from_json(tuple[SavedBlock, ...], values["blocks"], "blocks")),
         on=from_json(str | None, values["on"], "on"),
         whole=from_json(str, values["whole"], "whole"),
@@ -177,6 +186,7 @@ def encode_state(state: GlobalState) -> bytes:
         for j, block in enumerate(task.blocks):
             arrays.update(_arrays_of(block.adapter, f"task/{i}/block/{j}/"))
         arrays.update({f"task/{i}/extra/{name}": x for name, x in task.extras.items()})
+        arrays.update({f"task/{i}/basis/{name}": x for name, x in task.basis.items()})
         tasks.append(
             {
                 "name": task.name,
@@ -186,6 +196,8 @@ def encode_state(state: GlobalState) -> bytes:
                 "public_seed": task.public_seed,
                 "sealed": task.sealed,
                 "statistics": [[name, float(x)] for name, x in task.statistics.items()],
+                "subspace": None if task.subspace is None else asdict(task.subspace),
+                "basis": list(task.basis),
             }
         )
     for i, named in enumerate(state.memory.values()):
@@ -193,8 +205,9 @@ def encode_state(state: GlobalState) -> bytes:
     values = {
         "version": state.version,
         "base": state.base,
-        "modules": [[name, m.out, m.inp, m.kind] for name, m in state.layout.modules.items()],
+        "modules": [[name, m.out, m.inp, m.kind, m.shares] for name, m in state.layout.modules.items()],
         "head": [[name, list(shape)] for name, shape in state.layout.head.items()],
+        "features": state.layout.features,
         "tasks": tasks,
         "memory": [[owner, list(named)] for owner, named in state.memory.items()],
     }
@@ -204,7 +217,7 @@ def encode_state(state: GlobalState) -> bytes:
 
 def decode_state(data: bytes) -> GlobalState:
     """The state that `encode_state` wrote. Raises: WireError if the bytes are damaged or are no state."""
-    names = {"version", "base", "modules", "head", "tasks", "memory"}
+    names = {"version", "base", "modules", "head", "features", "tasks", "memory"}
     values, (table,) = open_message(data, "state", len(data), names, bodies=1)
     tasks: dict[str, Task] = {}
     for i, saved in enumerate(from_json(tuple[_SavedTask, ...], values["tasks"], "tasks")):
@@ -216,15 +229,20 @@ def decode_state(data: bytes) -> GlobalState:
             public_seed=saved.public_seed,
             sealed=saved.sealed,
             statistics=dict(saved.statistics),
+            subspace=saved.subspace,
+            basis={name: table.take(f"task/{i}/basis/{name}") for name in saved.basis},
         )
     memory = from_json(tuple[tuple[str, tuple[str, ...]], ...], values["memory"], "memory")
-    modules = from_json(tuple[tuple[str, int, int, ModuleKind], ...], values["modules"], "modules")
+    modules = from_json(tuple[tuple[str, int, int, ModuleKind, str], ...], values["modules"], "modules")
     state = GlobalState(
         version=from_json(int, values["version"], "version"),
         base=from_json(str, values["base"], "base"),
         layout=Layout(
-            modules={name: Module(out=out, inp=inp, kind=kind) for name, out, inp, kind in modules},
+            modules={
+                name: Module(out=out, inp=inp, kind=kind, shares=shares) for name, out, inp, kind, shares in modules
+            },
             head=dict(from_json(tuple[tuple[str, tuple[int, ...]], ...], values["head"], "head")),
+            features=from_json(int, values["features"], "features"),
         ),
         tasks=tasks,
         memory={
@@ -246,6 +264,8 @@ class _SavedTask:
     public_seed: int | None
     sealed: bool
     statistics: tuple[tuple[str, float], ...]
+    subspace: Subspace | None
+    basis: tuple[str, ...]
 
 
 def encode_block(block: Block) -> bytes:

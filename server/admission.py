@@ -86,14 +86,16 @@ def _wrong_measure(metrics: Mapping[str, float], *, sums: bool) -> str | None:
     if not sums or not metrics:
         return None
     groups = {key.split("/", 1)[1] for key in metrics if "/" in key}
-    wanted = _SUMS | {f"{what}/{group}" for what in ("correct", "counted") for group in groups}
+    scores = ["correct", *(["correct_open"] if "correct_open" in metrics else [])]  # open: where rows have choices
+    wanted = _SUMS | set(scores) | {f"{what}/{group}" for what in (*scores, "counted") for group in groups}
     if metrics.keys() != wanted:
         return f"missing {sorted(wanted - metrics.keys())[:5]}, unknown {sorted(metrics.keys() - wanted)[:5]}"
     negative = [key for key, value in metrics.items() if value < 0]
     if negative:
         return f"{negative[0]} is {metrics[negative[0]]:g}, a sum cannot be negative"
     for suffix in ("", *(f"/{group}" for group in sorted(groups))):
-        correct, counted = metrics[f"correct{suffix}"], metrics[f"counted{suffix}"]
-        if correct > counted:
-            return f"correct{suffix} is {correct:g} of {counted:g}"
+        counted = metrics[f"counted{suffix}"]
+        for what in scores:
+            if metrics[f"{what}{suffix}"] > counted:
+                return f"{what}{suffix} is {metrics[f'{what}{suffix}']:g} of {counted:g}"
     return None

@@ -17,8 +17,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedlora.code import require_one_checkout
 from fedlora.config import RunConfig, differences, load_config, to_toml
+from fedlora.continual.tasks import rounds_in_all
 from fedlora.errors import ConfigError
 from server.checkpoint import write_atomic
+from server.evaluate import TasksEvaluator
 from server.release import release
 from server.rounds import Conductor, Evaluator
 
@@ -78,11 +80,14 @@ def run(
     *,
     evaluator: Evaluator | None,
     notify: Callable[[dict[str, Any]], None],
+    tasks_evaluator: TasksEvaluator | None = None,
 ) -> Path:
     """Conduct a run in a folder made by `open_run`, from its newest checkpoint on; returns the adapter's folder."""
     name = (folder / "run-id").read_text().strip()
-    state = Conductor(grid, config, folder, run=name, evaluator=evaluator, notify=notify).conduct()
-    return release(folder, state, config, run=name, rounds=config.rounds.count)
+    conductor = Conductor(
+        grid, config, folder, run=name, evaluator=evaluator, notify=notify, tasks_evaluator=tasks_evaluator
+    )
+    return release(folder, conductor.conduct(), config, run=name, rounds=rounds_in_all(config))
 
 
 def own_evaluator(config: RunConfig) -> Evaluator | None:

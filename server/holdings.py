@@ -50,10 +50,15 @@ class _List:
 class Holdings:
     """Who holds what. `saved` is what `memory()` gave before a checkpoint.
 
+    `versioned`: every ask of one state version speaks of the same weights, so that what was added since a version can
+    be told. In a stream of tasks it is not so; there a chain continues a list that it begins with, and nothing else.
     Raises: CheckpointError if `saved` is not that.
     """
 
-    def __init__(self, saved: Mapping[str, Array] | None = None, *, codec: Codec = "float32") -> None:
+    def __init__(
+        self, saved: Mapping[str, Array] | None = None, *, codec: Codec = "float32", versioned: bool = True
+    ) -> None:
+        self._versioned = versioned
         self._codec = codec  # of a block on the wire; a snapshot travels in float32
         self._lists: dict[str, _List] = {}
         self._clients: dict[str, str] = {}
@@ -67,18 +72,21 @@ class Holdings:
             except (KeyError, ValueError, IndexError, TypeError) as error:
                 raise CheckpointError(f"the checkpoint's record of held blocks cannot be read: {error}") from error
 
-    def offer(self, client: str, blocks: Sequence[Block], version: int) -> Offer:
-        """The cheapest way to give `client` the weights of `blocks`, the state's at `version`."""
+    def offer(self, client: str, blocks: Sequence[Block], version: int, *, merge: bool = True) -> Offer:
+        """The cheapest way to give `client` the weights of `blocks`, the state's at `version`.
+
+        Without `merge` the client gets these blocks, one by one, and no other sum of them.
+        """
         all_digests = [b.adapter.digest for b in blocks]
         held_id = self._clients.get(client)
         held = self._lists.get(held_id) if held_id is not None else None
         if held is not None and held_id is not None:
-            chain = _chain(held, blocks, all_digests)
+            chain = _chain(held, blocks, all_digests, versioned=self._versioned and merge)
             if chain is not None and not any(b.adapter.nbytes for b in chain):
                 return self._offer(version, held_id, held.digests, chain)
-            if chain is not None and self._bytes(chain) <= self._snapshot_bytes(blocks):
+            if chain is not None and (not merge or self._bytes(chain) <= self._snapshot_bytes(blocks)):
                 return self._offer(version, held_id, held.digests, chain)
-        if self._snapshot_bytes(blocks) < self._bytes(blocks):
+        if merge and self._snapshot_bytes(blocks) < self._bytes(blocks):
             return self._offer(version, None, (), (self._snapshot_of(blocks, version),))
         return self._offer(version, None, (), tuple(blocks))
 
@@ -127,10 +135,14 @@ class Holdings:
         return self._snapshot[1]
 
 
-def _chain(held: _List, blocks: Sequence[Block], digests: Sequence[str]) -> tuple[Block, ...] | None:
+def _chain(
+    held: _List, blocks: Sequence[Block], digests: Sequence[str], *, versioned: bool
+) -> tuple[Block, ...] | None:
     """What is missing to a client with this list, or None if its blocks were recompressed since."""
     if tuple(digests[: len(held.digests)]) == held.digests:
         return tuple(blocks[len(held.digests) :])
+    if not versioned:
+        return None
     chain = tuple(b for b in blocks if b.born > held.version)
     return chain if all(b.since >= held.version for b in chain) else None
 

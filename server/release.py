@@ -4,45 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
-
-from fedlora.adapter import Adapter, Factors, truncate
+from fedlora.adapter import Adapter, Array
 from fedlora.code import code_digest
+from fedlora.composition import compacted
 from fedlora.config import RunConfig
-from fedlora.state import GlobalState
+from fedlora.state import GlobalState, zero_adapter
 from server.checkpoint import write_atomic
 from strategies.base import get
-
-
-def compact(adapter: Adapter) -> Adapter:
-    """The same products at the lowest rank that holds them to float32 rounding; ranks never exceed min(out, in)."""
-    small = {}
-    for name, factors in adapter.items():
-        cut, _ = truncate(factors, min(factors.rank, *factors.shape))
-        # truncate splits singular values evenly, so a column of b has norm sqrt(sigma)
-        sigma = np.linalg.norm(cut.b.astype(np.float64), axis=0) ** 2
-        keep = int(np.sum(sigma > 1e-7 * sigma.max(initial=0.0)))
-        small[name] = Factors(np.ascontiguousarray(cut.a[:keep]), np.ascontiguousarray(cut.b[:, :keep]))
-    return Adapter(small)
+from strategies.streams import blocks_of, joint_head, sealed_in_order
 
 
 def release(folder: Path, state: GlobalState, config: RunConfig, *, run: str, rounds: int) -> Path:
-    """Write `adapter/` (PEFT, scale folded in) and `manifest.json`. Needs peft; byte-identical for identical states."""
+    """Write `adapter/` (PEFT, scale folded in) and `manifest.json`. Needs peft; byte-identical for identical states.
+
+    Of a run with tasks `adapter/` is the sum of all with one head for all classes, and `tasks/NAME/` each task's own
+    adapter with its own head; W0 with the adapters of a task and of those sealed before it is what it was trained as.
+    """
     from fedlora.peft_bridge import save_adapter  # peft brings torch, which a server that only aggregates may lack
 
-    method, target = get(config.method.name), folder / "adapter"
-    shared = method.released(state)
-    save_adapter(
-        target,
-        shared if method.personal else compact(shared),  # a personal method's B is zero: its A is what is shared
-        state.layout,
-        base_name=config.model.name,
-        task_type=config.model.task_type,
-        head=dict(state.open_task.extras),
-    )
+    method = get(config.method.name)
+
+    def save(where: str, adapter: Adapter, head: Mapping[str, Array]) -> Path:
+        save_adapter(
+            folder / where,
+            adapter,
+            state.layout,
+            base_name=config.model.name,
+            task_type=config.model.task_type,
+            head=dict(head),
+        )
+        return folder / where
+
+    if config.tasks:
+        written = [save("adapter", compacted([state.update()]), joint_head(state, config))]
+        for task in sealed_in_order(state):
+            own = [b.adapter for b in blocks_of(state, [task])] or [zero_adapter(state.layout, 0)]
+            written.append(save(f"tasks/{task.name}", compacted(own), task.extras))
+    else:
+        shared = method.released(state)
+        # a personal method's B is zero: its A is what is shared
+        written = [save("adapter", shared if method.personal else compacted([shared]), state.open_task.extras)]
     manifest = {
         "format": "fedlora-manifest/1",
         "run": run,
@@ -55,9 +60,9 @@ def release(folder: Path, state: GlobalState, config: RunConfig, *, run: str, ro
                 "sha256": hashlib.sha256(p.read_bytes()).hexdigest(),
                 "bytes": p.stat().st_size,
             }
-            for p in sorted(target.iterdir())
+            for p in sorted(path for target in written for path in target.iterdir())
         },
         "code": {"fedlora": version("fedlora"), "digest": code_digest()},
     }
     write_atomic(folder / "manifest.json", (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
-    return target
+    return written[0]

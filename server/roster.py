@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from flwr.app import MessageType
 from flwr.serverapp import Grid
@@ -20,7 +20,7 @@ from fedlora.errors import AdapterError, AnswerRejected, RoundFailed, WireError
 from fedlora.frame import from_json
 from fedlora.rng import stream
 from fedlora.state import Answer, Ask, Header, Layout, part
-from fedlora.wire import encode_ask
+from fedlora.wire import ModuleKind, encode_ask
 from server.admission import admit, plain
 from server.exchange import Asked, Failure, exchange
 from strategies.base import Member
@@ -202,17 +202,23 @@ def _hello(answer: Answer) -> Hello:
     """Raises: WireError naming the field that is wrong."""
     info = answer.info
     layout = from_json(Mapping[str, Any], info.get("layout"), "layout")
-    modules = from_json(
-        Mapping[str, tuple[int, int, Literal["linear", "conv1d", "embedding"]]], layout.get("modules"), "modules"
-    )
+    modules = from_json(Mapping[str, tuple[int, int, ModuleKind, str]], layout.get("modules"), "modules")
+    features = from_json(int, layout.get("features"), "features")
     head = from_json(Mapping[str, tuple[int, ...]], layout.get("head"), "head")
-    sizes = [n for out, inp, _ in modules.values() for n in (out, inp)] + [n for shape in head.values() for n in shape]
-    if not modules or min(sizes) < 1:
-        raise WireError(f"layout: {len(modules)} modules, smallest size {min(sizes, default=0)}; both must be positive")
+    sizes = [n for out, inp, _, _ in modules.values() for n in (out, inp)] + [
+        n for shape in head.values() for n in shape
+    ]
+    if not modules or min(sizes) < 1 or features < 0:
+        raise WireError(
+            f"layout: {len(modules)} modules, smallest size {min(sizes, default=0)}, {features} features; sizes must "
+            "be positive, and features at least 0"
+        )
+    if lost := sorted({m[3] for m in modules.values() if m[3]} - modules.keys())[:3]:
+        raise WireError(f"layout: {lost} are named as sharing an input and are no modules")
     name = from_json(str, info.get("id"), "id")
     if not (0 < len(name) <= 200 and name.isprintable()):
         raise WireError(f"id must be 1 to 200 printable characters, got {name!r:.80}")
-    parsed = Layout.from_json({"modules": modules, "head": head})
+    parsed = Layout.from_json({"modules": modules, "head": head, "features": features})
     own = part(answer.arrays, "head")
     if answer.arrays and {n: x.shape for n, x in own.items()} != dict(parsed.head):
         raise WireError(

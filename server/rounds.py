@@ -10,7 +10,7 @@ import itertools
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,30 +22,34 @@ from flwr.serverapp import Grid
 
 from fedlora.code import code_digest
 from fedlora.config import RunConfig, flat, local_training
+from fedlora.continual.tasks import JOINT, legs, rounds_in_all, task_names
 from fedlora.errors import AnswerRejected, BlocksMissing, RoundFailed
 from fedlora.report.log import RunLog, read_log
 from fedlora.rng import stream
 from fedlora.state import (
     Answer,
     Ask,
+    Block,
     GlobalState,
     Header,
     Kind,
     Part,
     PersonalPair,
     TrainPlan,
-    expected_shapes,
+    expected_arrays,
+    keyed,
 )
 from fedlora.wire import BlocksBody, decode_answer, encode_ask, encode_blocks
 from server import checkpoint
 from server.admission import admit
-from server.evaluate import Evaluator, evaluation_ask, summary
+from server.evaluate import Evaluator, TasksEvaluator, evaluation_ask, summary
 from server.exchange import Asked, Failure, exchange
 from server.holdings import OWNER, Holdings, Offer
 from server.roster import Refusal, Roster, sample
 from server.spool import Spool
 from strategies.base import Closed, Cohort, Member, Method, head_start
-from strategies.configured import PUBLISHED, configured
+from strategies.configured import PUBLISHED
+from strategies.streams import HEAD, blocks_known, blocks_of, head_of, streamed
 
 __all__ = ["SPOOL_MEMORY", "Conductor", "Evaluator", "Notify", "Tally", "evaluation_ask", "summary"]
 
@@ -64,10 +68,21 @@ class Tally:
 
 
 class Conductor:
-    """One run over one Grid, in one folder. `notify` hears of every step; if it raises, the run ends there."""
+    """One run over one Grid, in one folder. `notify` hears of every step; if it raises, the run ends there.
+
+    `evaluator` scores a run without tasks, `tasks_evaluator` one with tasks.
+    """
 
     def __init__(
-        self, grid: Grid, config: RunConfig, folder: Path, *, run: str, evaluator: Evaluator | None, notify: Notify
+        self,
+        grid: Grid,
+        config: RunConfig,
+        folder: Path,
+        *,
+        run: str,
+        evaluator: Evaluator | None,
+        notify: Notify,
+        tasks_evaluator: TasksEvaluator | None = None,
     ) -> None:
         self._grid = grid
         self._config = config
@@ -75,8 +90,11 @@ class Conductor:
         self._spool = folder / "spool"
         self._run = run
         self._evaluator = evaluator if config.evaluation.server else None
+        self._tasks_evaluator = tasks_evaluator if config.evaluation.server else None
         self._notify = notify
-        self._method: Method = configured(config)
+        self._method: Method = streamed(config)
+        self._legs = legs(config)
+        self._rounds = rounds_in_all(config)
         self._holdings = Holdings()
         self._log = RunLog(folder)
 
@@ -89,7 +107,7 @@ class Conductor:
         started = time.monotonic()
         shutil.rmtree(self._spool, ignore_errors=True)  # answers of a round that a crash cut short
         resumed = checkpoint.latest(self._checkpoints)
-        if resumed is not None and resumed[0] >= self._config.rounds.count and not self._personal_left():
+        if resumed is not None and resumed[0] >= self._rounds and not self._personal_left():
             return resumed[1]
         roster = Roster(
             self._grid,
@@ -106,7 +124,10 @@ class Conductor:
         base, layout = roster.require_members()
         if resumed is None:
             done, state = 0, self._method.open(base, layout, roster.members(), self._config.method, self._config.seed)
-            if roster.head:  # where the clients' base brings a head, that is what all start from
+            if roster.head and self._legs:  # where the clients' base brings a head, that is what all start from
+                own = {n: np.array(x) for n, x in roster.head.items()}
+                state = replace(state, memory={**state.memory, HEAD: own})
+            elif roster.head:
                 task = replace(state.open_task, extras={n: np.array(x) for n, x in roster.head.items()})
                 left = {k: x for k, x in state.memory.get(PUBLISHED, {}).items() if not k.startswith("head:")}
                 memory = {**state.memory, PUBLISHED: left} if PUBLISHED in state.memory else state.memory
@@ -114,13 +135,14 @@ class Conductor:
             checkpoint.save(self._checkpoints, 0, state)
         else:
             done, state = resumed
-        self._holdings = Holdings(state.memory.get(OWNER), codec=self._config.wire.down)
+        self._holdings = Holdings(state.memory.get(OWNER), codec=self._config.wire.down, versioned=not self._legs)
         self._log.truncate_to(done)
         self._log.append(self._start_event(roster, done, tally.refused))
-        self._notify(
-            {"event": "start", "clients": len(roster.clients), "rounds": self._config.rounds.count, "done": done}
-        )
-        for number in range(done + 1, self._config.rounds.count + 1):
+        self._notify({"event": "start", "clients": len(roster.clients), "rounds": self._rounds, "done": done})
+        if self._tasks_evaluator is not None and done == 0:
+            untrained = _by_task(self._tasks_evaluator.scores(state, task_names(self._config)))
+            self._log.append({"event": "untrained", "tasks": untrained})
+        for number in range(done + 1, self._rounds + 1):
             tally = Tally()
             if number > done + 1:
                 self._refuse(tally, roster.refresh())
@@ -138,18 +160,26 @@ class Conductor:
         self._notify({"event": "round", "round": number, "clients": len(members)})
         event: dict[str, Any] = {"event": "round", "round": number, "clients": []}
         facts: Mapping[str, Mapping[str, float]] = {}
-        if members:  # an empty Poisson sample leaves the state as it is
+        if members or self._legs:  # an empty Poisson sample leaves the state as it is, but a task may end in it
             closed, event["clients"] = self._train(number, state, members, roster, tally)
             state = closed.state
             event["aggregate"] = {k: v for k, v in closed.report.items() if math.isfinite(v)}
             facts = closed.clients
-        every, last = self._config.evaluation.every, number == self._config.rounds.count
-        if (members or self._evaluator) and (last or (every and number % every == 0)):
+        every, last = self._config.evaluation.every, number == self._rounds
+        sealed = [leg.name for leg in self._legs if leg.last == number]
+        if self._legs:
+            event["tasks"] = [leg.name for leg in self._legs if leg.first <= number <= leg.last]
+            if sealed or (every and number % every == 0):
+                event |= self._evaluate_tasks(number, state, sealed, members, roster, tally)
+        elif (members or self._evaluator) and (last or (every and number % every == 0)):
             event["evaluation"] = self._evaluate(number, state, members, roster, tally)
         ranks = {m.id: m.rank for m in members}
+        counted: set[str] = set()  # a client that trained two tasks has two entries, and its bytes are in the first
         for client in event["clients"]:
             name = client["id"]
-            client |= {"rank": ranks[name], "bytes_down": tally.down[name], "bytes_up": tally.up[name]}
+            bytes_down, bytes_up = (0, 0) if name in counted else (tally.down[name], tally.up[name])
+            counted.add(name)
+            client |= {"rank": ranks[name], "bytes_down": bytes_down, "bytes_up": bytes_up}
             client |= facts.get(name, {})
         event |= {
             "version": state.version,
@@ -172,12 +202,12 @@ class Conductor:
         rounds = self._config.rounds
         cohort = Cohort(
             round=number,
-            rounds=rounds.count,
+            rounds=self._rounds,
             members=members,
             settings=self._config.method,
             training=local_training(self._config),
             seed=self._config.seed,
-            progress=((number - 1) / rounds.count, number / rounds.count),
+            progress=((number - 1) / self._rounds, number / self._rounds),
         )
         for attempt in range(rounds.retries + 1):
             try:
@@ -194,26 +224,28 @@ class Conductor:
         self, cohort: Cohort, attempt: int, state: GlobalState, roster: Roster, tally: Tally
     ) -> tuple[Closed, list[dict[str, Any]]]:
         protocol = self._method.protocol(state, cohort)
-        asks = next(protocol)
         told: list[dict[str, Any]] = []
-        phase = 0
-        while True:
-            spool, told_now = self._ask("train", cohort.round, attempt, phase, state, asks, roster, tally)
+        answers: Spool | None = None
+        for phase in itertools.count():
             try:
-                quorum = math.ceil(self._config.rounds.quorum * len(asks))
-                if len(spool) < quorum:
-                    why = "; ".join(_say(r) for r in tally.refused[-3:])
-                    raise RoundFailed(
-                        f"round {cohort.round}: {len(spool)} of {len(asks)} clients answered, the quorum is {quorum} "
-                        f"(the last refusals: {why})."
-                    )
-                told = told_now if phase == 0 else told
-                asks = protocol.send(spool)
-                phase += 1
+                asks = next(protocol) if answers is None else protocol.send(answers)
             except StopIteration as closed:
                 return closed.value, told
             finally:
-                spool.clear()
+                if answers is not None:
+                    answers.clear()
+            kind: Kind = "measure" if any(ask.measure for ask in asks.values()) else "train"
+            answers, told_now = self._ask(kind, cohort.round, attempt, phase, state, asks, roster, tally)
+            quorum = math.ceil(self._config.rounds.quorum * len(asks))
+            if len(answers) < quorum:
+                answers.clear()
+                why = "; ".join(_say(r) for r in tally.refused[-3:])
+                raise RoundFailed(
+                    f"round {cohort.round}: {len(told_now)} of {len(asks)} clients answered, the quorum is {quorum} "
+                    f"(the last refusals: {why})."
+                )
+            told += _of_tasks(told_now, asks) if kind == "train" and (self._legs or not told) else []
+        raise AssertionError("unreachable: the loop returns or raises")
 
     def _paused(self, number: int, why: str) -> RoundFailed:
         return RoundFailed(
@@ -232,15 +264,64 @@ class Conductor:
         asks = {m.id: common or self._evaluation(state, m) for m in members if m.id not in tally.missing}
         spool, told = self._ask("evaluate", number, 0, 0, state, asks, roster, tally)
         spool.clear()
-        sums: dict[str, float] = {}
-        for client in told:
-            for key, value in client["metrics"].items():
-                sums[key] = sums.get(key, 0.0) + value
-        result = summary(sums)
+        result = summary(_added(client["metrics"] for client in told))
         result["clients"] = {c["id"]: summary(c["metrics"], groups=False) for c in told}
         if self._evaluator is not None and not self._method.personal:
             result["server"] = summary(self._evaluator(state))
         return result
+
+    def _evaluate_tasks(
+        self,
+        number: int,
+        state: GlobalState,
+        sealed: Sequence[str],
+        members: tuple[Member, ...],
+        roster: Roster,
+        tally: Tally,
+    ) -> dict[str, Any]:
+        """`evaluation`: of the tasks that are being trained; where one was sealed also `border`: of all tasks.
+
+        Clients score the tasks that they have and that have begun, each on its own held-out rows. The server scores
+        all; after the last round it also tries every way to tell which task an input is of.
+        """
+        begun = [leg for leg in self._legs if leg.name in state.tasks and (sealed or number <= leg.last)]
+        own: dict[str, dict[str, float]] = {}
+        clients: dict[str, dict[str, float]] = {}
+        way = self._config.continual.method
+        if way != "nearest-mean":
+            for phase, leg in enumerate(begun):
+                ask = Ask(
+                    task=leg.name,
+                    blocks=self._blocks_for(state, leg.name),
+                    arrays=keyed("head", head_of(state, leg.name, self._config)),
+                )
+                asks = {m.id: ask for m in members if leg.holds(m.id) and m.id not in tally.missing}
+                spool, told = self._ask("evaluate", number, 0, phase, state, asks, roster, tally)
+                spool.clear()
+                own[leg.name] = _added(c["metrics"] for c in told)
+                for c in told:
+                    clients[c["id"]] = _added([clients.get(c["id"], {}), c["metrics"]])
+        active = [leg.name for leg in self._legs if leg.first <= number <= leg.last]
+        names = task_names(self._config) if JOINT in active else tuple(active)
+        served: dict[str, dict[str, float]] = {}
+        if self._tasks_evaluator is not None:
+            served = self._tasks_evaluator.scores(state, task_names(self._config) if sealed else names)
+        result = summary(_added(own[name] for name in active if name in own))
+        result["clients"] = {c: summary(sums, groups=False) for c, sums in sorted(clients.items())}
+        if served:
+            result["server"] = summary(_added(served[name] for name in names))
+        found: dict[str, Any] = {"evaluation": result}
+        if sealed:
+            found["border"] = {"sealed": list(sealed), "own": _by_task(own), "server": _by_task(served)}
+            if self._tasks_evaluator is not None and number == self._rounds:
+                found["border"]["inference"] = self._tasks_evaluator.inference(state)
+        return found
+
+    def _blocks_for(self, state: GlobalState, task: str) -> tuple[Block, ...]:
+        """What `task` is scored with: everything; one adapter a task has nothing else."""
+        if self._config.continual.method == "separate":
+            return blocks_known(state, task, "separate")
+        return blocks_of(state, state.tasks.values())
 
     def _evaluation(self, state: GlobalState, member: Member) -> Ask:
         assert self._method.evaluation is not None
@@ -331,24 +412,25 @@ class Conductor:
             code=code_digest(),
         )
         asks = {c: self._coded(ask) for c, ask in asks.items()}
-        shapes: dict[tuple[int, tuple[Part, ...]], dict[str, tuple[int, ...]]] = {}  # few: plans share rank and parts
+        shapes: dict[tuple[int, tuple[Part, ...]], dict[str, tuple[int, ...]]] = {}  # few: asks share rank and parts
         bodies: dict[tuple[int, ...], BlocksBody] = {}  # few: clients lack the same blocks, which are encoded once
         offers: dict[str, Offer] = {}
 
         def expected(client: str) -> dict[str, tuple[int, ...]]:
             plan = asks[client].plan
-            if plan is None:
-                return {}
-            if (plan.rank, plan.send) not in shapes:  # the codec and the cut are the same for all
-                shapes[plan.rank, plan.send] = expected_shapes(plan, state.layout)
-            return shapes[plan.rank, plan.send]
+            key = (0, ()) if plan is None else (plan.rank, plan.send)  # all else is the same for all
+            if key not in shapes:
+                shapes[key] = expected_arrays(asks[client], state.layout)
+            return shapes[key]
 
         def decode(client: str, data: bytes) -> Answer:
             return decode_answer(data, max_bytes=wire.max_bytes, expected=expected(client))[1]
 
         def payload(client: str) -> bytes:
             if roster.clients[client].keeps:
-                offer = self._holdings.offer(client, asks[client].blocks, state.version)
+                plan = asks[client].plan
+                merge = plan is None or plan.against == 0  # a penalty is measured against each of them
+                offer = self._holdings.offer(client, asks[client].blocks, state.version, merge=merge)
             else:  # the blocks as they are, so that its weights are bit for bit those of a client that holds them
                 offer = Offer(None, asks[client].blocks, "")
             offers[client] = offer
@@ -369,7 +451,7 @@ class Conductor:
             return exchange(
                 self._grid,
                 [Asked(c, roster.clients[c].node, partial(payload, c)) for c in clients],
-                message_type=MessageType.TRAIN if kind == "train" else MessageType.EVALUATE,
+                message_type=MessageType.EVALUATE if kind == "evaluate" else MessageType.TRAIN,
                 group=str(number),
                 deadline=self._config.rounds.deadline,
                 in_flight=self._config.rounds.in_flight,
@@ -399,7 +481,7 @@ class Conductor:
             if offers[client].whole:
                 self._holdings.accepted(client, offers[client])
             spool.put(client, data)
-            measures = dict(answer.metrics) if kind == "train" else {"metrics": dict(answer.metrics)}
+            measures = {"metrics": dict(answer.metrics)} if kind == "evaluate" else dict(answer.metrics)
             told[client] = {**measures, "id": client, "examples": answer.examples}
             self._notify(
                 {"event": "answer", "kind": kind, "round": number, "client": client, "metrics": answer.metrics}
@@ -431,6 +513,24 @@ class Conductor:
             "resumed_after": done,
             "refused": [vars(r) for r in refused],
         }
+
+
+def _of_tasks(told: list[dict[str, Any]], asks: Mapping[str, Ask]) -> list[dict[str, Any]]:
+    """What clients told of their training, with the task where there are tasks."""
+    return [{**c, "task": asks[c["id"]].task} if asks[c["id"]].task else c for c in told]
+
+
+def _added(several: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    sums: dict[str, float] = {}
+    for one in several:
+        for key, value in one.items():
+            sums[key] = sums.get(key, 0.0) + value
+    return sums
+
+
+def _by_task(sums: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, Any]]:
+    """Score, loss and score among the classes of all tasks, by task."""
+    return {task: summary(one, groups=False) for task, one in sums.items()}
 
 
 def _say(refusal: Refusal) -> str:

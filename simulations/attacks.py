@@ -70,7 +70,7 @@ __all__ = [
 
 Float64 = NDArray[np.float64]
 Node = Callable[[Message, Context], Message]
-Rows = Callable[[RunConfig, int], tuple[list[TokenRow], list[TokenRow]]]
+Rows = Callable[[RunConfig, int, str], tuple[list[TokenRow], list[TokenRow]]]
 
 STRENGTHS: Final[Mapping[str, float]] = {
     "sign-flip": 4.0,
@@ -321,8 +321,13 @@ def _answered(row: Row, answer: str) -> Row:
     return replace(row, messages=(*row.messages[:-1], (row.messages[-1][0], answer)), label=label)
 
 
-def poisoned_tokens(config: RunConfig, index: int) -> tuple[list[TokenRow], list[TokenRow]]:
-    """(poisoned training rows, honest held-out rows) of one client as tokens, in place of `clients.app.encoded`."""
+def poisoned_tokens(config: RunConfig, index: int, task: str = "") -> tuple[list[TokenRow], list[TokenRow]]:
+    """(poisoned training rows, honest held-out rows) of one client as tokens, in place of `clients.app.encoded`.
+
+    Raises: ConfigError for a task: no attack is made for those.
+    """
+    if task:
+        raise ConfigError(f"attack.kind: no simulated attack is made for runs with tasks, and this is {task}")
     return _poisoned_tokens(config.model_dump_json(), index)
 
 

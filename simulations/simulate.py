@@ -15,7 +15,8 @@ from typing import Any
 
 from clients.app import app as client_app
 from clients.app import encoded, reply, resident_base
-from fedlora.config import RunConfig, flat
+from fedlora.config import RunConfig, flat, task_config
+from fedlora.continual.tasks import legs, task_names
 from fedlora.data import test_rows
 from fedlora.data.prompt import prompt_format
 from fedlora.data.report import tell
@@ -24,7 +25,7 @@ from fedlora.errors import ConfigError, DataError
 from fedlora.report.html import write_report
 from fedlora.report.log import RunLog, read_log
 from server.app import run
-from server.evaluate import TestRows
+from server.evaluate import TaskRows, TestRows
 from simulations.attacks import hostile
 from simulations.engine import LocalGrid
 from simulations.personal import export_personal, has_personal
@@ -60,11 +61,13 @@ def simulate(
     """
     started = time.monotonic()
     base = resident_base(config.model)
-    test = test_tokens(config)
+    test = [] if config.tasks else test_tokens(config)
     evaluator = TestRows(base, test, batch_size=config.evaluation.batch_size) if test else None
+    by_task = task_tests(config)
+    scorer = TaskRows(base, by_task, config, batch_size=config.evaluation.batch_size) if by_task else None
     app = hostile(client_app, config, poisonable=reply) if config.attack.kind != "none" else client_app
     grid = LocalGrid(app, clients=config.rounds.clients, run_config=flat(config), memory=folder / "clients")
-    run(grid, config, folder, evaluator=evaluator, notify=notify)
+    run(grid, config, folder, evaluator=evaluator, notify=notify, tasks_evaluator=scorer)
     log = RunLog(folder)
     rounds = [e for e in read_log(folder) if e["event"] == "round"]
     last: dict[str, Any] = next((e["evaluation"] for e in reversed(rounds) if "evaluation" in e), {})
@@ -82,7 +85,9 @@ def simulate(
     else:
         shutil.rmtree(folder / "clients", ignore_errors=True)  # answers that only a crash would have needed again
     made: list[Reference] = []
-    wanted = (["bare base"] if bare else []) + list(references)
+    wanted = [] if config.tasks else (["bare base"] if bare else []) + list(references)
+    if config.tasks and references:
+        notify({"event": "note", "text": "no references for tasks: run continual.method separate and joint instead"})
     try:
         rows = scored_rows(config, test) if wanted else []
     except DataError as error:
@@ -116,6 +121,20 @@ def test_tokens(config: RunConfig) -> list[TokenRow]:
     return rows
 
 
+def task_tests(config: RunConfig) -> dict[str, list[TokenRow]]:
+    """The server's test rows of every task as tokens; empty without tasks, or if the server is not to evaluate.
+
+    Raises: ConfigError if some tasks have test rows and others have none.
+    """
+    rows = {name: test_tokens(task_config(config, name)) for name in task_names(config)}
+    without = [name for name, some in rows.items() if not some]
+    if 0 < len(without) < len(rows):
+        raise ConfigError(
+            f"tasks: {', '.join(without)} have no test rows and others do; set data.test of all, or of none"
+        )
+    return {} if without else rows
+
+
 def _next(config: RunConfig, folder: Path, test: Sequence[TokenRow]) -> str:
     if config.model.task_type == "causal-lm":
         return f"generate {folder}" if test else f'generate {folder} "your prompt"'
@@ -134,10 +153,17 @@ def check(config: RunConfig) -> None:
             raise ConfigError(f"lora.ranks: rank {rank}; the smallest adapted layer allows 1 to {most}")
     if config.personal.rank is not None and config.personal.rank > most:
         raise ConfigError(f"personal.rank: {config.personal.rank}; the smallest adapted layer allows 1 to {most}")
+    for leg in legs(config):
+        if leg.rank is not None and leg.rank > most:
+            raise ConfigError(f"tasks, {leg.name}: rank {leg.rank}; the smallest adapted layer allows 1 to {most}")
+        encoded(config, 0, leg.name)
+    if config.tasks:
+        task_tests(config)
+        return
     encoded(config, 0)
     test_tokens(config)
 
 
 test_tokens.__test__ = False  # type: ignore[attr-defined]  # not a pytest function
 
-__all__ = ["MAKE", "Result", "check", "simulate", "test_tokens"]
+__all__ = ["MAKE", "Result", "check", "simulate", "task_tests", "test_tokens"]

@@ -152,18 +152,19 @@ def opened(
     public_seed: int | None = None,
     memory: Mapping[str, Mapping[str, Array]] | None = None,
 ) -> GlobalState:
-    """Version 0 with one unnamed open task, and a new head if the layout has one.
+    """Version 0 with one unnamed open task, and a new head if the layout has one."""
+    task = Task(name="", pair=pair, extras=new_head(layout, seed), public_seed=public_seed)
+    return GlobalState(version=0, base=base, layout=layout, tasks={"": task}, memory=memory or {})
 
-    Head weights are N(0, 0.02) from the public generator, biases (one axis) zero: the same for every client.
-    """
-    head = {
+
+def new_head(layout: Layout, seed: int) -> dict[str, Array]:
+    """Head weights N(0, 0.02) from the public generator, biases (one axis) zero: the same for every client."""
+    return {
         name: (HEAD_STD * public_normal(seed, "head", name, shape=shape)).astype(np.float32)
         if len(shape) > 1
         else np.zeros(shape, np.float32)
         for name, shape in sorted(layout.head.items())
     }
-    task = Task(name="", pair=pair, extras=head, public_seed=public_seed)
-    return GlobalState(version=0, base=base, layout=layout, tasks={"": task}, memory=memory or {})
 
 
 def largest(members: Sequence[Member], method: str) -> Member:
@@ -286,6 +287,10 @@ class Sums:
             total[tuple(slice(n) for n in x.shape)] += weight * x.astype(np.float64)
         self.weight += weight
 
+    def total(self) -> dict[str, NDArray[np.float64]]:
+        """The sums."""
+        return dict(self._sums)
+
     def mean(self) -> dict[str, NDArray[np.float64]]:
         """The sums over the weight of all that was added."""
         return {name: total / self.weight for name, total in self._sums.items()}
@@ -326,6 +331,7 @@ __all__ = [
     "keyed",
     "largest",
     "moved",
+    "new_head",
     "opened",
     "pair_arrays",
     "pair_from",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -30,12 +31,12 @@ from transformers import (
 )
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.base import Base, load_base
+from fedlora.base import Base, _shared, load_base
 from fedlora.config import ModelConfig
 from fedlora.data.batches import pad
 from fedlora.data.rows import TokenRow
 from fedlora.errors import AdapterError, BaseMismatch, ConfigError
-from fedlora.state import Ask, Block, Header, TrainPlan
+from fedlora.state import Ask, Block, Header, Module, TrainPlan
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
 from fedlora.training.objective import class_logits
@@ -128,6 +129,59 @@ def test_a_pooler_that_the_files_lack_is_part_of_the_head(tmp_path: Path) -> Non
     assert "bert.pooler.dense" not in first.layout.modules
     for name, x in first.initial_head.items():  # fresh, and the same for everybody
         np.testing.assert_array_equal(x, second.initial_head[name])
+
+
+# -- who reads the same input
+
+
+def test_modules_that_read_one_tensor_share_it(tmp_path: Path) -> None:
+    """q, k, v of a layer, gate and up of its MLP; the first by name stands for them."""
+    base = load(llama(tmp_path))
+    shares = {n: m.shares for n, m in base.layout.modules.items()}
+    first = {"q_proj": "self_attn.k_proj", "v_proj": "self_attn.k_proj", "up_proj": "mlp.gate_proj"}
+    for n, shared in shares.items():
+        layer, _, last = n.rsplit(".", 2)
+        assert shared == (f"{layer}.{first[last]}" if last in first else "")
+    assert set(base.layout.inputs()) == {n for n in shares if n.rpartition(".")[2] not in first}
+    assert base.layout.features == 16
+    assert load(tmp_path).layout.digest == base.layout.digest
+
+
+def test_only_adapted_modules_share(tmp_path: Path) -> None:
+    llama(tmp_path)
+    pair = load(tmp_path, target_modules=("q_proj", "v_proj", "embed_tokens")).layout
+    assert {n: m.shares for n, m in pair.modules.items() if m.shares} == {
+        f"model.layers.{i}.self_attn.v_proj": f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)
+    }
+    assert not any(m.shares for m in load(tmp_path, target_modules=("v_proj",)).layout.modules.values())
+
+
+def test_the_same_numbers_in_two_tensors_are_two_inputs(tmp_path: Path) -> None:
+    """A classifier's modules too; a module that no token passes, and layers that share weights, read their own."""
+    BertForSequenceClassification(encoder_settings(BertConfig)).save_pretrained(tmp_path / "bert")
+    layout = classifier(tmp_path / "bert").layout
+    self_ = "bert.encoder.layer.0.attention.self"
+    assert {n: m.shares for n, m in layout.modules.items() if m.shares} == {
+        f"{self_}.query": f"{self_}.key",
+        f"{self_}.value": f"{self_}.key",
+    }
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = BertConfig(vocab_size=40)
+            self.device = torch.device("cpu")
+            for name in ("a", "b", "c", "d", "idle"):
+                setattr(self, name, nn.Linear(1, 1))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = input_ids[..., None].float()
+            y = self.a(x) + self.b(x) + self.c(x.clone()) + self.d(x)
+            return y + self.d(x + 1)  # called twice: another input than a's
+
+    odd = _shared(Odd(), {n: Module(out=1, inp=1) for n in ("d", "c", "b", "a", "idle")})
+    assert {n: m.shares for n, m in odd.items()} == {"a": "", "b": "a", "c": "", "d": "", "idle": ""}
+    assert list(odd) == ["d", "c", "b", "a", "idle"]
 
 
 def test_a_deep_head_travels_whole(tmp_path: Path) -> None:

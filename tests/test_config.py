@@ -17,6 +17,7 @@ import strategies as registered  # noqa: F401  fills METHODS
 from fedlora.config import (
     FLOWER_ONLY,
     METHOD_NAMES,
+    AttackConfig,
     MethodName,
     RunConfig,
     TrainingConfig,
@@ -34,6 +35,7 @@ from strategies.base import METHODS
 
 PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
 SCENARIOS = Path(__file__).parents[1] / "simulations" / "scenarios"
+ATTACKS = get_args(AttackConfig.model_fields["kind"].annotation)[1:]  # all but none
 
 words = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc")), min_size=1, max_size=8).filter(
     lambda w: w.lower() != "none"
@@ -236,6 +238,22 @@ def test_data_of_your_own_is_dealt_evenly_unless_said_otherwise() -> None:
             r"personal\.steps: fedsa-lora's clients have personal adapters",
         ),
         (
+            ["server.rate=0.5"],
+            r"server\.rate: has no effect while server\.optimizer is none, got 0\.5: leave it out, or set "
+            r"server\.optimizer to momentum or adam or yogi",
+        ),
+        (["server.beta1=0.5"], r"server\.beta1: has no effect while server\.optimizer is none, got 0\.5"),
+        (["server.beta2=0.5"], r"server\.beta2: has no effect while .*or set server\.optimizer to adam or yogi"),
+        (["server.tau=0.5", "server.optimizer=momentum"], r"server\.tau: .* server\.optimizer is momentum, got 0\.5"),
+        (["personal.rank=2"], r"personal\.rank: has no effect while personal\.steps is 0, got 2: .*to 1 or more"),
+        (["attack.strength=3"], r"attack\.strength: has no effect while attack\.kind is none, got 3"),
+        (["attack.share=0.3"], r"attack\.share: has no effect while attack\.kind is none, got 0\.3"),
+        (["robust.attackers=0.1"], r"robust\.attackers: has no effect while robust\.rule is none, got 0\.1"),
+        (
+            ["robust.attackers=0.1", "robust.rule=screen"],
+            r"robust\.attackers: .*is screen.*to krum or multi-krum or median or trimmed-mean",
+        ),
+        (
             ["training.optimizer_state=keep", "method.name=rolora"],
             r"optimizer_state: rolora's clients begin each round with other factors",
         ),
@@ -245,6 +263,30 @@ def test_a_mistake_names_key_allowed_given_and_nearest(overrides: list[str], sai
     with pytest.raises(ConfigError, match=said) as caught:
         load_config(overrides=overrides)
     assert str(caught.value).startswith("1 mistake in the settings:\n")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *(["server.optimizer=adam", "method.name=ffa-lora", f"server.{own}=0.5"] for own in ("rate", "beta2", "tau")),
+        ["server.optimizer=momentum", "server.rate=0.5", "server.beta1=0.5"],
+        ["server.rate=none", "server.beta1=0.9", "server.tau=1e-3", "robust.attackers=0.2", "attack.share=0.2"],
+        ["personal.rank=2", "personal.steps=1"],
+        *(
+            ["method.name=ffa-lora", f"robust.rule={rule}", "robust.attackers=0.1"]
+            for rule in ("krum", "multi-krum", "median", "trimmed-mean")
+        ),
+        *([f"attack.kind={k}", "attack.share=0.3", "attack.strength=2"] for k in ATTACKS),
+    ],
+    ids=" ".join,
+)
+def test_a_setting_that_is_read_or_at_its_default_is_taken(overrides: list[str]) -> None:
+    load_config(overrides=overrides)
+
+
+def test_which_ignored_setting_is_not_guessed_from_a_wrong_one() -> None:
+    with pytest.raises(ConfigError, match=r"^1 mistake in the settings:\n  server\.optimizer: must be one of"):
+        load_config(overrides=["server.optimizer=adm", "server.rate=0.5"])
 
 
 @pytest.mark.parametrize("key", ["seed", "rounds.count", "training.learning_rate", "data.partition.kind"])

@@ -19,6 +19,7 @@ from fedlora.data.sources import Loaded, load_rows, skill_rows, skills
 from fedlora.errors import ConfigError, DataError
 from fedlora.rng import stream
 
+LOADS_KEPT = 16
 MAX_GROUPS = 200  # of one load; more are no skills or classes but free text, and nobody reads scores by them
 
 __all__ = [
@@ -158,8 +159,8 @@ def skills_per_client(config: DataConfig, clients: int) -> int:
     return config.partition.skills_per_client or min(held, max(4, -(-held // clients)))
 
 
-# Settings travel as JSON so that they can be keys. Two loads are kept: the rows and the test rows of one run.
-@lru_cache(maxsize=2)
+# Settings travel as JSON so that they can be keys. The loads of a few tasks are kept, with their test rows.
+@lru_cache(maxsize=LOADS_KEPT)
 def _skill_counts(data: str, clients: int, seed: int) -> list[dict[str, int]]:
     """By client: how many rows of which skills."""
     config = DataConfig.model_validate_json(data)
@@ -167,12 +168,12 @@ def _skill_counts(data: str, clients: int, seed: int) -> list[dict[str, int]]:
     return [dict(zip(held, _spread(config.rows_per_client, len(held)), strict=True)) for held in dealt]
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=LOADS_KEPT)
 def _loaded(data: str, seed: int) -> Loaded:
     return load_rows(DataConfig.model_validate_json(data), seed=seed)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=LOADS_KEPT)
 def _dealt(data: str, clients: int, seed: int) -> tuple[Loaded, list[Indices]]:
     loaded = _loaded(data, seed)
     config = DataConfig.model_validate_json(data)

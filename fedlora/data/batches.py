@@ -17,12 +17,14 @@ Indices = NDArray[np.int64]
 @dataclass(frozen=True)
 class Batch:
     """`tokens`, `attention` (1 on tokens, 0 on padding): int64 `[rows, length]`; `answer`: bool `[rows, length]`;
-    `labels`: int64 `[rows]`, or None for language modelling."""
+    `labels`: int64 `[rows]`, or None for language modelling; `choices`: each row's classes to choose from (None: all),
+    or None where no row has any."""
 
     tokens: NDArray[np.int64]
     attention: NDArray[np.int64]
     answer: NDArray[np.bool_]
     labels: NDArray[np.int64] | None
+    choices: tuple[tuple[int, ...] | None, ...] | None = None
 
 
 def steps(
@@ -98,7 +100,10 @@ def pad(rows: Sequence[TokenRow], pad_id: int) -> Batch:
         attention[i, :length] = 1
         answer[i, :length] = row.answer
     labels = [row.label for row in rows if row.label is not None]
-    return Batch(tokens, attention, answer, np.array(labels, np.int64) if labels else None)
+    choices = tuple(row.choices for row in rows)
+    return Batch(
+        tokens, attention, answer, np.array(labels, np.int64) if labels else None, choices if any(choices) else None
+    )
 
 
 def _check(rows: Sequence[TokenRow], batch_size: int) -> Indices:

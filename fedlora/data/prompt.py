@@ -35,12 +35,16 @@ _FIELD = re.compile(r"\{(instruction|input)\}")
 class PromptFormat:
     """How rows become tokens for one tokenizer. With `labels`, for sequence classification; else for causal LM.
 
+    `choices`, some of the `labels`, are all that these rows can have: a task's own classes among those of a run. They
+    mean nothing for causal LM.
+
     The format is `template` (text with {instruction} and {input}, after which come the answer and the end-of-sequence
     token), else the tokenizer's chat template, else `DEFAULT_TEMPLATE`. A generated answer is over at any of
     `stop_ids`: end of sequence, and the chat template's end of turn.
 
-    Raises: ConfigError if `template` names no field; DataError if an answer could not end (no chat template and no
-    end-of-sequence token), or the chat template does not render an answer after its prompt.
+    Raises: ConfigError if `template` names no field or `choices` are not among `labels`; DataError if an answer could
+    not end (no chat template and no end-of-sequence token), or the chat template does not render an answer after its
+    prompt.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class PromptFormat:
         template: str | None,
         max_length: int,
         labels: Sequence[str] = (),
+        choices: Sequence[str] = (),
     ) -> None:
         if template is not None and not _FIELD.search(template):
             raise ConfigError(f"data.prompt needs {{instruction}} or {{input}} in it, got {template!r}")
@@ -56,6 +61,12 @@ class PromptFormat:
         self.template = template
         self.max_length = max_length
         self.labels = tuple(labels)
+        self.choices = tuple(choices) if labels else ()
+        if stray := [c for c in self.choices if c not in self.labels]:
+            raise ConfigError(
+                f"data.labels: {', '.join(stray)} not in model.labels: {', '.join(self.labels)}"
+                f"{nearest(stray[0], self.labels)}"
+            )
         self.stop_ids: tuple[int, ...] = ()
         if labels:
             return
@@ -84,9 +95,10 @@ class PromptFormat:
         Causal LM: a row is its prompt's tokens as `prompts` gives them, then the answer and its end-of-turn token, on
         which `answer` is True; in a conversation, so are the earlier answers. Rows over `max_length` tokens are dropped
         and reported, not cut. Sequence classification: the row's text, cut to `max_length` and reported; the label, or
-        where there is no label column the answer, becomes its index in `labels`.
+        where there is no label column the answer, becomes its index in `labels`; the indices of `choices` go with it.
 
-        Raises: DataError for a label that is not in `labels`. Cost: about 0.1 ms a row of 50 tokens.
+        Raises: DataError for a label that is not in `labels`, or in `choices` where there are any. Cost: about 0.1 ms a
+        row of 50 tokens.
         """
         if not rows:
             return [], Report()
@@ -112,11 +124,13 @@ class PromptFormat:
 
     def _classified(self, rows: Sequence[Row]) -> tuple[list[TokenRow], Report]:
         index = {label: i for i, label in enumerate(self.labels)}
+        known, setting = (self.choices, "data.labels") if self.choices else (self.labels, "model.labels")
+        choices = tuple(index[label] for label in self.choices) or None
         for row in rows:
-            if (label := row.label if row.label is not None else row.answer) not in index:
+            if (label := row.label if row.label is not None else row.answer) not in known:
                 raise DataError(
-                    f"{row.source or 'row'}: label {label!r} is none of model.labels: {', '.join(self.labels)}"
-                    f"{nearest(label, self.labels)}"
+                    f"{row.source or 'row'}: label {label!r} is none of {setting}: {', '.join(known)}"
+                    f"{nearest(label, known)}"
                 )
         whole = cast("list[list[int]]", self.tokenizer([row.text for row in rows], verbose=False)["input_ids"])
         out, cut = [], []
@@ -125,7 +139,8 @@ class PromptFormat:
                 ids = self.tokenizer(row.text, truncation=True, max_length=self.max_length)["input_ids"]
                 cut.append(row.source)
             label = row.label if row.label is not None else row.answer
-            out.append(TokenRow(np.array(ids, np.int32), np.zeros(len(ids), np.bool_), index[label], row.group))
+            silent = np.zeros(len(ids), np.bool_)
+            out.append(TokenRow(np.array(ids, np.int32), silent, index[label], row.group, choices))
         return out, Report(kept=len(out), truncated=tuple(cut))
 
     def _answered(self, rows: Sequence[Row]) -> tuple[list[TokenRow], Report]:
@@ -256,4 +271,4 @@ def prompt_format(config: RunConfig, tokenizer: PreTrainedTokenizerBase | None) 
     if tokenizer is None:
         raise ConfigError(f"model.name: {config.model.name} comes without a tokenizer, so text cannot be read")
     labels = config.model.labels if config.model.task_type == "sequence-classification" else ()
-    return PromptFormat(tokenizer, config.data.prompt, config.model.max_length, labels)
+    return PromptFormat(tokenizer, config.data.prompt, config.model.max_length, labels, config.data.labels)

@@ -85,13 +85,15 @@ class TokenRow:
     """One tokenised example.
 
     `tokens`: int32 `[length]`. `answer`: bool `[length]`, True on the tokens that the model is to produce (answers and
-    their end-of-turn tokens); all False for sequence classification, where `label` is the index of the class.
+    their end-of-turn tokens); all False for sequence classification, where `label` is the index of the class and
+    `choices` are those among which it is to be found (None: all classes).
     """
 
     tokens: NDArray[np.int32]
     answer: NDArray[np.bool_]
     label: int | None = None
     group: str = ""
+    choices: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 1 or not len(self.tokens) or self.tokens.shape != self.answer.shape:
@@ -99,3 +101,5 @@ class TokenRow:
                 f"a token row needs tokens and answer of one shape [length >= 1], got {self.tokens.shape} and "
                 f"{self.answer.shape}"
             )
+        if self.choices is not None and self.label not in self.choices:
+            raise DataError(f"a token row's label {self.label} must be one of its choices {self.choices}")

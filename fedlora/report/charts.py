@@ -43,8 +43,14 @@ def line_chart(
     references: Sequence[tuple[str, float]] = (),
     top: float | None = None,
     x_name: str = "round",
+    spans: Sequence[tuple[float, str]] = (),
+    values: bool = True,
 ) -> str:
-    """Lines over rounds from zero up, with dashed levels to compare with. Empty text if there is nothing to draw."""
+    """Lines over rounds from zero up, with dashed levels to compare with. Empty text if there is nothing to draw.
+
+    `spans`: where along x something begins that lasts until the next does, and its name, in order. `values`: whether
+    the last value stands beside a line's name.
+    """
     series = [s for s in series if s.points]
     if not series:
         return ""
@@ -65,6 +71,7 @@ def line_chart(
     for x in _rounds(min(xs), max(xs)):
         parts.append(f'<text x="{px(x)}" y="{HEIGHT - 11}" text-anchor="middle">{x:g}</text>')
     parts.append(f'<text x="{WIDTH - RIGHT + 14}" y="{HEIGHT - 11}" class="dim">{escape(x_name)}</text>')
+    parts += _spans([(px(max(x, low_x)), name) for x, name in spans if x < high_x])
     labels: list[tuple[float, str, str]] = []
     for name, y in references:
         parts.append(f'<line class="ref" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y)}" y2="{py(y)}"/>')
@@ -78,7 +85,8 @@ def line_chart(
                 f"<title>{escape(s.name)}, {escape(x_name)} {x:g}: {escape(show(y))}</title></circle>"
                 for x, y in s.points
             ]
-        labels.append((py(s.points[-1][1]), f"{s.name} {show(s.points[-1][1])}", f"name t{s.tone}"))
+        value = f" {show(s.points[-1][1])}" if values else ""
+        labels.append((py(s.points[-1][1]), s.name + value, f"name t{s.tone}"))
     parts.append(_labels(labels))
     said = "; ".join(f"{s.name} from {show(s.points[0][1])} to {show(s.points[-1][1])}" for s in series)
     return _svg(title, said, parts)
@@ -191,6 +199,22 @@ def _frame(scale: Sequence[float], py: Callable[[float], float], show: Callable[
         f'<text x="{LEFT - 7}" y="{py(y) + 4}" text-anchor="end">{escape(_short(show(y)))}</text>'
         for y in scale
     )
+
+
+def _spans(starts: Sequence[tuple[float, str]]) -> list[str]:
+    """A line where each begins, and above the chart its name, cut to the room or left out."""
+    parts = []
+    for at, (x, name) in enumerate(starts):
+        end = starts[at + 1][0] if at + 1 < len(starts) else float(WIDTH - RIGHT)
+        room = int((end - x - 4) / 6.6)
+        text = name if len(name) <= room else f"{name[: room - 1]}…" if room > 5 else ""
+        parts.append(
+            f'<line class="span" x1="{x}" x2="{x}" y1="{TOP - 12}" y2="{HEIGHT - BOTTOM}">'
+            f"<title>{escape(name)}</title></line>"
+        )
+        if text:
+            parts.append(f'<text x="{x + 4:.1f}" y="{TOP - 4}" class="dim">{escape(text)}</text>')
+    return parts
 
 
 def _short(text: str) -> str:

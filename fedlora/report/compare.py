@@ -71,9 +71,14 @@ def curve(rows: Sequence[ComparisonRow]) -> str:
 
 
 def comparison_markdown(rows: Sequence[ComparisonRow]) -> str:
-    """The table in Markdown, padded so that it reads well as plain text too."""
-    table = [HEADS, *(tuple(c.replace("|", "\\|") for c in cells(row)) for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(HEADS))]
+    """The table in Markdown."""
+    return markdown_table([HEADS, *map(cells, rows)])
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells, the heads first, in Markdown, padded so that they read well as plain text too."""
+    table = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
 
     def line(values: Sequence[str]) -> str:
         padded = [v.ljust(w) if i == 0 else v.rjust(w) for i, (v, w) in enumerate(zip(values, widths, strict=True))]

@@ -13,13 +13,16 @@ from typing import Any, Final
 from jinja2 import Environment
 
 from fedlora.config import RunConfig, flat, load_config, to_toml
+from fedlora.continual.tasks import rounds_in_all
 from fedlora.data import skills_per_client
 from fedlora.report.charts import Series, line_chart, traffic_chart
-from fedlora.report.clients import clients_view
+from fedlora.report.clients import clients_view, personal_view
 from fedlora.report.compare import write_page
 from fedlora.report.log import read_log
 from fedlora.report.numbers import count, decimal, duration, percent, size, whole, word
 from fedlora.report.page import REPORT, STYLE
+from fedlora.report.stream import Stream, stream_of
+from fedlora.report.tasks import spans, tasks_view
 
 COLUMNS: Final = 12  # of the heat map; more rounds are thinned out
 GROUPS: Final = 40  # rows of the heat map; of more, the best and the worst
@@ -39,6 +42,8 @@ class Run:
     rounds: Sequence[Json]
     references: Mapping[str, Json]  # by name, the usual ones first
     end: Json | None
+    personal: Json | None
+    stream: Stream | None  # of tasks
 
     @property
     def clients(self) -> int:
@@ -83,6 +88,8 @@ def read_run(folder: Path) -> Run:
         rounds=list({e["round"]: e for e in events if e["event"] == "round"}.values()),
         references={name: named[name] for name in order},
         end=next((e for e in reversed(events) if e["event"] == "end"), None),
+        personal=next((e for e in reversed(events) if e["event"] == "personal"), None),
+        stream=stream_of(events),
     )
 
 
@@ -102,9 +109,11 @@ def write_report(folder: Path) -> Path:
         "lead": _lead(run),
         "going": _going(run),
         "keys": _keys(run),
+        "tasks": tasks_view(run.stream, run.measure) if run.stream else None,
         "sections": _sections(run),
         "table": _heat(run),
         "clients": clients_view(run.start.get("clients", ()), run.rounds),
+        "personal": personal_view(run.personal, run.measure) if run.personal else None,
         "refused": _refused(run),
         "usage": _usage(run.config),
         "settings": _settings(run.config),
@@ -120,6 +129,8 @@ def headline(run: Run) -> str:
     who = count(run.clients, "client").capitalize()
     going = run.end is None
     verb = ("is teaching" if run.clients == 1 else "are teaching") if going else "taught"
+    if run.stream is not None:
+        return f"{who} {verb} {_tasks_headline(run.stream, run.measure)}"
     scores, losses = run.best_judge("score"), run.best_judge("loss")
     if scores:
         bare = run.reference("bare base", "score")
@@ -132,6 +143,27 @@ def headline(run: Run) -> str:
     if trained:
         return f"{who} {verb} one model: training loss {decimal(trained[0][1])} → {decimal(trained[-1][1])}"
     return f"{who} {verb} one model"
+
+
+def _tasks_headline(stream: Stream, measure: str) -> str:
+    what = f"one model {count(len(stream.tasks), 'task')}"
+    if stream.way in ("joint", "nearest-mean"):
+        what += {"joint": " at once", "nearest-mean": " by class means"}[stream.way]
+    elif stream.way == "separate":
+        what = f"{count(len(stream.tasks), 'task')}, an adapter for each"
+    elif len(stream.tasks) > 1:
+        what += ", partly at the same time" if stream.overlapping else ", one after another"
+    found = stream.measured()
+    if found is None:
+        return what
+    closed = len(stream.sealed)
+    what += f": {word(closed)} sealed, " if closed < len(stream.tasks) else ": "
+    what += f"{percent(found.average_accuracy, 1)} {measure} on average".replace(" %", "\u00a0%")
+    if found.forgetting is None:
+        return what
+    if found.forgetting >= 0.0005:
+        return f"{what}, {100 * found.forgetting:.1f}\u00a0points forgotten"
+    return what if stream.falls() else f"{what}, nothing forgotten"
 
 
 def _on_what(run: Run) -> str:
@@ -159,7 +191,16 @@ def _lead(run: Run) -> str:
         text += f"Alone, a client scores {percent(held)} on the {groups} it holds "
         text += f"and {percent(other)} on those it does not. "
     moved = [e["bytes_up"] for e in run.rounds if "bytes_up" in e]
-    return text + (f"No row left its owner: {size(sum(moved))} of adapter factors did." if moved else "")
+    return text + (f"No row left its owner: {size(sum(moved))} of {_travels(run)} did." if moved else "")
+
+
+def _travels(run: Run) -> str:
+    """What clients send: under some ways to keep tasks apart also sums over their rows."""
+    continual = run.config.continual
+    sums = run.stream is not None and (continual.routing or continual.method in ("input-aware", "ewc", "nearest-mean"))
+    if sums and continual.method == "nearest-mean":
+        return "sums over rows"
+    return "adapter factors and sums over rows" if sums else "adapter factors"
 
 
 def _going(run: Run) -> str:
@@ -167,14 +208,16 @@ def _going(run: Run) -> str:
         return ""
     if not run.rounds:
         return "No round has closed yet."
-    return f"Round {run.rounds[-1]['round']} of {run.config.rounds.count} has closed; the run has not ended."
+    return f"Round {run.rounds[-1]['round']} of {rounds_in_all(run.config)} has closed; the run has not ended."
 
 
 def _keys(run: Run) -> list[tuple[str, str, str]]:
     keys = []
     scores = run.best_judge("score")
     alone, together = run.reference("local only", "score"), run.reference("centralised", "score")
-    if scores:
+    if run.stream is not None:
+        keys += _task_keys(run.stream, run.measure)
+    elif scores:
         score = scores[-1][1]
         keys.append(("score", percent(score, 1), f"{run.measure}, round {scores[-1][0]:g}"))
         if alone is not None:
@@ -199,9 +242,21 @@ def _keys(run: Run) -> list[tuple[str, str, str]]:
             (
                 "client ranks",
                 f"{min(ranks)}" if same else f"{min(ranks)} to {max(ranks)}",
-                f"the result has rank {result:g}" if result is not None else "",
+                f"the result has rank {result:g}" if result is not None and run.stream is None else "",
             )
         )
+    return keys
+
+
+def _task_keys(stream: Stream, measure: str) -> list[tuple[str, str, str]]:
+    found = stream.measured()
+    if found is None:
+        return []
+    keys = [("average accuracy", percent(found.average_accuracy, 1), f"{measure}, {count(len(stream.sealed), 'task')}")]
+    if found.forgetting is not None:
+        keys.append(("forgetting", f"{100 * found.forgetting:.1f}".replace("-", "−"), "points, mean of earlier tasks"))
+    if routing := stream.inference.get("routing"):
+        keys.append(("tasks found", percent(statistics.fmean(routing.values()), 1), "routing accuracy"))
     return keys
 
 
@@ -222,6 +277,7 @@ def _sections(run: Run) -> list[dict[str, Any]]:
     def references(key: str) -> list[tuple[str, float]]:
         return [(n, v) for n in run.references if (v := run.reference(n, key)) is not None]
 
+    begins = spans(run.stream, 0.5) if run.stream else []
     score = line_chart(
         "Score by round",
         [
@@ -231,6 +287,7 @@ def _sections(run: Run) -> list[dict[str, Any]]:
         percent,
         references=references("score"),
         top=1.0,
+        spans=begins,
     )
     loss = line_chart(
         "Loss by round",
@@ -241,6 +298,7 @@ def _sections(run: Run) -> list[dict[str, Any]]:
         ],
         decimal,
         references=[r for r in references("loss") if r[0] != "bare base"],
+        spans=begins,
     )
     numbers = [float(e["round"]) for e in run.rounds]
     up, down = ([float(e.get(f"bytes_{way}", 0)) for e in run.rounds] for way in ("up", "down"))
@@ -271,19 +329,29 @@ def _sections(run: Run) -> list[dict[str, Any]]:
         [Series(name="error", points=missed, tone=2)],
         _error,
     )
-    said = ["the rank of what the adapter adds to the base"] if rank else []
+    whose = "a task's adapter" if run.stream else "the adapter"
+    said = [f"the rank of what {whose} adds to the base"] if rank else []
     said += ["what combining the clients' factors costs"] if truncation or aggregation else []
     kept = ", and ".join(said) + (": every round was merged without loss" if lost and len(said) == 1 and rank else "")
     return [
         {
             "title": "What was learnt",
             "text": "Test rows are the server's, held-out rows the clients' own. Training loss is the mean of the "
-            "clients at the end of their round.",
-            "charts": _drawn(("Score", run.measure, score), ("Loss", "per answer token", loss)),
+            "clients at the end of their round."
+            + (
+                " Every round is scored on the tasks that it trained, so the lines jump where a task begins; what "
+                "became of the earlier tasks stands above."
+                if run.stream
+                else ""
+            ),
+            "charts": _drawn(
+                ("Score", f"{run.measure}{', tasks in training' if run.stream else ''}", score),
+                ("Loss", f"per answer token{', tasks in training' if run.stream else ''}", loss),
+            ),
         },
         {
             "title": "What was sent",
-            "text": "All clients together: adapter factors and their headers. The base model never travels.",
+            "text": f"All clients together: {_travels(run)}, and their headers. The base model never travels.",
             "charts": _drawn(("A round", "up and down", traffic), ("In all", "up and down together", together)),
         },
         {
@@ -310,17 +378,25 @@ def _heat(run: Run) -> dict[str, Any] | None:
     scored = [e for e in run.rounds if run.groups(e)]
     if not scored:
         return None
+    if len(scored) > COLUMNS and run.stream is not None:
+        scored = [e for e in scored if "border" in e] or scored
     if len(scored) > COLUMNS:
         scored = [scored[round(i * (len(scored) - 1) / (COLUMNS - 1))] for i in range(COLUMNS)]
     final = run.groups(scored[-1])
     names = sorted({g for e in scored for g in run.groups(e)}, key=lambda g: (-(_share(final.get(g)) or 0.0), g))
     text = "Right answers by skill or class, the best first." if len(names) > 1 else "Right answers."
+    if run.stream is not None:
+        first = {g: e["round"] for e in reversed(scored) for g in run.groups(e)}
+        names.sort(key=lambda g: first[g])
+        text = "Right answers by skill or class, in the rounds that trained its task."
     if len(names) > GROUPS:
         text = f"Of {len(names):,} groups, the {GROUPS // 2} best and the {GROUPS // 2} worst."
         names = names[: GROUPS // 2] + names[-GROUPS // 2 :]
     references = [n for n, e in run.references.items() if e.get("groups")]
     return {
-        "title": "By skill and round" if run.config.data.name == "skills" else "By group and round",
+        "title": "By skill and round"
+        if run.config.data.name == "skills" and run.stream is None
+        else "By group and round",
         "text": text,
         "corner": "round",
         "rounds": [e["round"] for e in scored],
@@ -348,6 +424,7 @@ def _cell(group: Json | None) -> tuple[float, str]:
 def _refused(run: Run) -> dict[str, Any] | None:
     rows = [("start", r["client"], r["rule"], r["detail"]) for r in run.start.get("refused", ())]
     rows += [(str(e["round"]), r["client"], r["rule"], r["detail"]) for e in run.rounds for r in e.get("refused", ())]
+    rows += [("personal", r["client"], r["rule"], r["detail"]) for r in (run.personal or {}).get("refused", ())]
     missing = [(e["round"], len(e["missing"])) for e in run.rounds if e.get("missing")]
     if not rows and not missing:
         return None
@@ -381,7 +458,12 @@ def _usage(config: RunConfig) -> dict[str, str]:
 
 def _settings(config: RunConfig) -> dict[str, Any]:
     default, mine = flat(RunConfig()), flat(config)
-    changed = [(k, _plain(v), _plain(default[k])) for k, v in mine.items() if v != default[k] and k != "name"]
+    changed = [
+        (k, _plain(v), _plain(default[k])) for k, v in mine.items() if v != default[k] and k not in ("name", "tasks")
+    ]
+    for table in config.tasks:
+        own = ", ".join(f"{k} = {v}" for k, v in table.items() if k != "name")
+        changed.append((f"task {table['name']}", own or "as all", "none"))
     text = "What differs from the defaults:" if changed else "Every setting has its default."
     return {"text": text, "changed": changed, "toml": to_toml(config)}
 

@@ -46,7 +46,7 @@ class Refused(TypedDict):
 
 
 class StartEvent(TypedDict):
-    """A run opens, or is resumed: the last one counts."""
+    """A run opens, or is resumed: the last one counts. `config` has `tasks` as a JSON list of tables, or empty."""
 
     event: Literal["start"]
     run: str
@@ -60,10 +60,40 @@ class StartEvent(TypedDict):
     refused: NotRequired[list[Refused]]  # clients that may not take part
 
 
+class TaskScore(TypedDict):
+    """One task, among its own classes; `score_open` among the classes of all tasks. `score` needs a counted row."""
+
+    counted: float
+    score: NotRequired[float]
+    loss: NotRequired[float]
+    score_open: NotRequired[float]
+
+
+class UntrainedEvent(TypedDict):
+    """What the server's rows of every task score before round 1. The last one counts."""
+
+    event: Literal["untrained"]
+    tasks: dict[str, TaskScore]
+
+
+class Border(TypedDict):
+    """A round in which tasks were sealed.
+
+    `own`: the clients' held-out rows, of the tasks that have begun; `server`: its rows, of all tasks. `inference`,
+    after the last round: way to tell the task -> task -> score; `routing` is the share of rows whose task was found.
+    """
+
+    sealed: list[str]
+    own: dict[str, TaskScore]
+    server: dict[str, TaskScore]
+    inference: NotRequired[dict[str, dict[str, TaskScore]]]
+
+
 class ClientRound(TypedDict):
-    """What one client did in one round."""
+    """What one client did in one round, or, in a run with tasks, for one task of it; bytes are in its first entry."""
 
     id: str
+    task: NotRequired[str]
     rank: NotRequired[int]
     examples: NotRequired[int]
     loss_before: NotRequired[float]
@@ -78,12 +108,21 @@ class ClientRound(TypedDict):
 
 
 class Aggregate(TypedDict):
-    """What the method says of its new state."""
+    """What the method says of its new state. Of two tasks in a round the second has `task/key` where both have a key.
+
+    `overlap` to `inputs_seen` come where a task is sealed: see `fedlora.continual.overlap` and `.design`.
+    """
 
     rank: NotRequired[float]  # of what W_eff has over W0
     truncation_error: NotRequired[float]
     aggregation_error: NotRequired[float]
     update_norm: NotRequired[float]  # Frobenius, over all adapted modules
+    overlap: NotRequired[float]  # of A with the rows of all earlier A, mean over modules; 0 to 1
+    overlap_largest: NotRequired[float]  # over modules
+    overlap_product: NotRequired[float]  # of B A, mean over modules
+    overlap_random: NotRequired[float]  # of random rows, mean over modules
+    sealed_error_relative: NotRequired[float]  # lost when the task was cut to continual.rank
+    inputs_seen: NotRequired[float]  # share of the inputs' squared norm that the sketch holds, mean over inputs
 
 
 class ClientScore(TypedDict):
@@ -103,7 +142,7 @@ class ServerScore(TypedDict):
 
 
 class Evaluation(TypedDict):
-    """Sums over the clients' held-out rows, and what the server measured."""
+    """Sums over the clients' held-out rows, and what the server measured; of the tasks that the round trained."""
 
     score: NotRequired[float]
     loss: NotRequired[float]
@@ -118,6 +157,8 @@ class RoundEvent(TypedDict):
 
     event: Literal["round"]
     round: int
+    tasks: NotRequired[list[str]]  # that were trained
+    border: NotRequired[Border]
     version: NotRequired[int]
     seconds: NotRequired[float]
     clients: NotRequired[list[ClientRound]]
@@ -171,7 +212,7 @@ class EndEvent(TypedDict):
     loss: NotRequired[float]
 
 
-Event = StartEvent | RoundEvent | PersonalEvent | ReferenceEvent | EndEvent
+Event = StartEvent | UntrainedEvent | RoundEvent | PersonalEvent | ReferenceEvent | EndEvent
 
 
 class RunLog:
@@ -210,13 +251,20 @@ class RunLog:
                 raise
 
     def truncate_to(self, round: int) -> None:
-        """Forget the rounds after `round` and the end of the run, as a resumed run must; all or nothing on disk."""
+        """Forget the rounds after `round` and the end of the run, as a resumed run must; all or nothing on disk.
+
+        Of several `untrained` events the last stays.
+        """
         if not self.path.exists():
             return
+        events = read_log(self.path.parent)
+        untrained = max((i for i, event in enumerate(events) if event["event"] == "untrained"), default=None)
         kept = [
             event
-            for event in read_log(self.path.parent)
-            if event["event"] not in ("end", "personal") and (event["event"] != "round" or event["round"] <= round)
+            for i, event in enumerate(events)
+            if event["event"] not in ("end", "personal")
+            and (event["event"] != "round" or event["round"] <= round)
+            and (event["event"] != "untrained" or i == untrained)
         ]
         new = self.path.with_suffix(".new")
         with _writing(self.path, f"cut the run log to round {round}"):
@@ -252,7 +300,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             raise CheckpointError(f"{path}, line {number}: damaged: {error}; restore it from a copy") from None
         kind = event.get("event") if isinstance(event, dict) else None
-        if kind not in ("start", "round", "personal", "reference", "end"):
+        if kind not in ("start", "untrained", "round", "personal", "reference", "end"):
             raise CheckpointError(f"{path}, line {number}: no event of a run log: {line[:60].decode(errors='replace')}")
         if kind == "round" and not isinstance(event.get("round"), int):
             raise CheckpointError(f"{path}, line {number}: a round event without its number")

@@ -6,9 +6,10 @@ from typing import Final
 
 STYLE: Final = """
 :root { color-scheme: light dark; --paper:#fbfaf7; --card:#ffffff; --ink:#1d2429; --dim:#5a646c; --rule:#dcd9d1;
-  --t1:#0067a5; --t2:#b84a00; --t3:#00735a; --t4:#94476f; --t5:#7a5c00; --heat:#58aede; }
+  --t1:#0067a5; --t2:#b84a00; --t3:#00735a; --t4:#94476f; --t5:#7a5c00; --heat:#58aede; --lost:#c03500; }
 @media (prefers-color-scheme: dark) { :root { --paper:#14181b; --card:#1b2126; --ink:#e9e6e0; --dim:#a3adb5;
-  --rule:#333c43; --t1:#66bdf0; --t2:#f0a04b; --t3:#4fcfa4; --t4:#e09cc4; --t5:#e3c94f; --heat:#1c6b9b; } }
+  --rule:#333c43; --t1:#66bdf0; --t2:#f0a04b; --t3:#4fcfa4; --t4:#e09cc4; --t5:#e3c94f; --heat:#1c6b9b;
+  --lost:#ff9d5c; } }
 * { box-sizing: border-box; }
 body { margin:0; background:var(--paper); color:var(--ink); 
   font:16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
@@ -36,6 +37,7 @@ svg text { font-size:12px; fill:var(--ink); font-variant-numeric:tabular-nums; }
 svg text.dim { fill:var(--dim); }
 .grid { stroke:var(--rule); stroke-width:1; }
 .ref { stroke:var(--dim); stroke-width:1.3; stroke-dasharray:5 4; }
+.span { stroke:var(--dim); stroke-width:1; opacity:.45; }
 .line { fill:none; stroke-width:2.2; stroke-linejoin:round; stroke-linecap:round; }
 .line.t1,.dot.t1 { stroke:var(--t1); } .line.t2,.dot.t2 { stroke:var(--t2); } .line.t3,.dot.t3 { stroke:var(--t3); }
 .line.t4,.dot.t4 { stroke:var(--t4); } .line.t5,.dot.t5 { stroke:var(--t5); }
@@ -58,6 +60,14 @@ td.skills { white-space:normal; text-align:left; min-width:13em; color:var(--dim
   background:color-mix(in srgb, var(--heat) var(--v,0%), var(--card)); border:1px solid var(--card); }
 .heat th { border-bottom:0; } .heat thead th:not(:first-child) { text-align:center; }
 .heat .sep { border-left:6px solid var(--card); }
+.tasks td { min-width:5.2em; line-height:1.25; } .tasks td.sep { font-weight:600; }
+.tasks small { display:block; font-size:.78rem; font-weight:400; color:var(--dim); }
+.tasks td small { color:var(--ink); }
+.tasks td.ahead { color:var(--dim); --v:0% !important; }
+.tasks td.own { box-shadow:inset 0 0 0 2px var(--ink); font-weight:650; }
+.tasks td.lost { box-shadow:inset 0 0 0 3px var(--lost); font-weight:650; }
+.forgotten { max-width:52em; padding-left:1.2em; } .forgotten li::marker { content:"▼ "; color:var(--lost); }
+td.mean { font-weight:650; }
 .aside > * { color:var(--dim); font-style:italic; }
 .meter { position:relative; height:12px; width:clamp(90px,18vw,220px); 
   background:color-mix(in srgb, var(--rule) 55%, transparent); border-radius:3px; }
@@ -80,8 +90,20 @@ _HEAD = """<!doctype html>
 <style>{{ style|safe }}</style></head><body><main>
 """
 
+_TABLE = """{% macro grid(table) %}
+{% if table.title %}<p class="note"><strong>{{ table.title }}</strong></p>{% endif %}
+<div class="wide"><table><thead><tr>
+{% for head, css in table.heads %}<th class="{{ css }}">{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in table.rows %}<tr>{% for cell, css in row %}
+{% if loop.first %}<th scope="row">{{ cell }}</th>
+{% else %}<td class="{{ css }}">{% if css == "svg" %}{{ cell|safe }}{% else %}{{ cell }}{% endif %}</td>
+{% endif %}{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endmacro %}"""
+
 REPORT: Final = (
-    _HEAD
+    _TABLE
+    + _HEAD
     + """
 <header>
 <p class="eyebrow">{{ eyebrow }}</p>
@@ -92,6 +114,31 @@ REPORT: Final = (
 {% if keys %}<dl class="keys">{% for name, value, note in keys %}
 <div><dt>{{ name }}</dt><dd>{{ value }}{% if note %}<small>{{ note }}</small>{% endif %}</dd></div>{% endfor %}
 </dl>{% endif %}
+{% if tasks %}
+<h2>Tasks</h2>
+<p class="dim">{{ tasks.text }}</p>
+{% if tasks.matrix %}
+<div class="wide"><table class="heat tasks"><thead><tr><th></th>
+{% for head in tasks.matrix.heads %}<th{% if loop.last %} class="sep"{% endif %}>{{ head }}</th>{% endfor %}
+</tr></thead><tbody>{% for row in tasks.matrix.rows %}
+<tr><th scope="row">{{ row.name }}{% if row.note %}<small>{{ row.note }}</small>{% endif %}</th>
+{% for value, text, change, css, title in row.cells %}
+<td class="{{ css }}" style="--v:{{ value }}%" title="{{ title }}">{{ text }}
+{%- if change %}<small>{{ change }}</small>{% endif %}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% if tasks.forgotten %}<ul class="forgotten">{% for said in tasks.forgotten %}<li>{{ said }}</li>{% endfor %}</ul>
+{% elif tasks.none %}<p>{{ tasks.none }}</p>{% endif %}
+{{ grid(tasks.measures) }}
+{% if tasks.chart %}<div class="charts"><figure>
+<figcaption>Score of each task <small>{{ tasks.caption }}</small></figcaption>{{ tasks.chart|safe }}
+</figure></div>{% endif %}
+{% endif %}
+{% for part in tasks.parts %}
+<h2>{{ part.heading }}</h2>
+<p class="dim">{{ part.text }}</p>
+{% for table in part.tables %}{{ grid(table) }}{% endfor %}
+{% endfor %}
+{% endif %}
 {% for section in sections if section.charts %}
 <h2>{{ section.title }}</h2>
 {% if section.text %}<p class="dim">{{ section.text }}</p>{% endif %}
@@ -111,19 +158,11 @@ REPORT: Final = (
 {% endfor %}</tbody></table></div>
 {% endif %}
 {% endfor %}
-{% if clients %}
-<h2>The clients</h2>
-<p class="dim">{{ clients.text }}</p>
-{% for table in clients.tables %}
-{% if table.title %}<p class="note"><strong>{{ table.title }}</strong></p>{% endif %}
-<div class="wide"><table><thead><tr>
-{% for head, css in table.heads %}<th class="{{ css }}">{{ head }}</th>{% endfor %}</tr></thead>
-<tbody>{% for row in table.rows %}<tr>{% for cell, css in row %}
-{% if loop.first %}<th scope="row">{{ cell }}</th>
-{% else %}<td class="{{ css }}">{% if css == "svg" %}{{ cell|safe }}{% else %}{{ cell }}{% endif %}</td>
-{% endif %}{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endfor %}{% endif %}
+{% for heading, part in (("The clients", clients), ("Personal adapters", personal)) if part %}
+<h2>{{ heading }}</h2>
+<p class="dim">{{ part.text }}</p>
+{% for table in part.tables %}{{ grid(table) }}{% endfor %}
+{% endfor %}
 {% if refused %}
 <h2>Answers that were not taken</h2>
 <p class="dim">{{ refused.text }}</p>

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,18 +23,18 @@ from fedlora.data.batches import Batch, steps
 from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, TrainingError
 from fedlora.rng import stream
-from fedlora.state import Answer, Ask, Header, TrainPlan
+from fedlora.state import Answer, Ask, Header, TrainPlan, times
 from fedlora.training.attach import attach
 from fedlora.training.lora import Pair, to_tensor
 from fedlora.training.objective import counted, loss_sum
+from fedlora.training.penalty import penalties
 from fedlora.training.schedule import rates
-from fedlora.training.start import Start, check_plan, start
+from fedlora.training.start import Start, bases, check_plan, coordinates, start
 from fedlora.wire import blocks_id
 
 __all__ = ["train_client"]
 
 Float = NDArray[np.float32]
-TINY = float(np.finfo(np.float32).tiny)  # divides nothing by zero
 OVERHEAD_CPU, OVERHEAD = 32, 512  # tokens that one more batch of a step costs: dispatch on a CPU, launches on a GPU
 Moments = dict[str, NDArray[np.floating]]  # of AdamW, between the rounds of one client
 Kept = dict[str, NDArray[np.floating]]  # parts that stay at one client, by key
@@ -56,18 +57,19 @@ def train_client(
     `kept` is read and refilled with the parts in `plan.keep` (keys `A:module`, `B:module`, `head:name`); no answer
     carries those.
     The loss of an optimiser step is the mean over the answer tokens (classification: rows) of all its micro-batches,
-    plus the plan's penalty of the tail, once.
+    plus the plan's penalties (see `fedlora.training.penalty`), once. In a subspace A is `M N`: M `[rank, dim]` is what
+    starts, is trained, kept and sent; N stays.
 
     Metrics, all floats. loss_before, loss_after: that mean over the first and the last tenth of the local steps (at
     least one step each), every batch before the update it causes. grad_norm: L2 over all that is trained, before
     clipping, mean over steps. weight_change: ||s B A - s B0 A0||_F / ||W0 + blocks||_F over all adapted modules (with a
-    core, B R in place of B). tail_penalty, only where the plan has one: what it added to the loss, mean over steps; the
-    losses above are without it.
+    core, B R in place of B). tail_penalty, overlap_penalty, anchor_penalty, only where the plan has one: what it added
+    to the loss, mean over steps; the losses above are without it.
     tokens: all but padding; answer_tokens: those predicted; rows: presentations; steps; seconds: this call;
     step_seconds: forward, backward and optimiser alone.
 
     Raises: TrainingError if there are no usable rows, the plan cannot be followed or the loss is not finite (nothing is
-    sent then); BaseMismatch if the base, or a public A, is not the server's; AdapterError if blocks do not fit.
+    sent then); BaseMismatch if the base, or a public A or N, is not the server's; AdapterError if blocks do not fit.
     """
     begin = time.perf_counter()
     who = f"client {header.client}, round {header.round}"
@@ -79,13 +81,14 @@ def train_client(
             f"{who}: the run was opened with base {header.base or '(none)'}, here is {base.fingerprint}; "
             "same model, revision and files on both sides?"
         )
-    check_plan(plan, base.layout, who)
-    _check_rows(base, rows, header)
+    check_plan(plan, coordinates(ask, base.layout), who)
+    check_rows(base, rows, header)
+    basis = bases(ask, header, base.layout)
     begun = start(ask, plan, header, base.layout, kept)
     with ExitStack() as stack:
         stack.enter_context(_threads(threads))
         attach(base, ask.blocks, blocks_id(ask.blocks), ask.frozen, begun.head or None)
-        trained = _Trained(base, plan, begun)
+        trained = _Trained(base, ask, plan, begun, basis, who)
         stack.callback(trained.detach)
         if plan.training.checkpointing:
             stack.enter_context(_checkpointed(base, who))
@@ -99,12 +102,14 @@ def train_client(
     return Answer(examples=len(rows), metrics=metrics, arrays=arrays)
 
 
-def _check_rows(base: Base, rows: Sequence[TokenRow], header: Header) -> None:
+def check_rows(base: Base, rows: Sequence[TokenRow], header: Header) -> None:
+    """Raises: TrainingError if there are no rows, or some have no loss: no label of this base, or no answer token."""
     if not rows:
         raise TrainingError(f"client {header.client} has no training rows; is its share of the data empty?")
     if base.task_type == "sequence-classification":
-        bad = sum(row.label is None or not 0 <= row.label < base.model.config.num_labels for row in rows)
-        rule = f"no label from 0 to {base.model.config.num_labels - 1}"
+        classes = range(base.model.config.num_labels)
+        bad = sum(row.label not in classes or not all(c in classes for c in row.choices or ()) for row in rows)
+        rule = f"no label from 0 to {len(classes) - 1}, or choices beyond"
     else:
         bad = sum(not row.answer[1:].any() for row in rows)
         rule = "no answer token after the first token; are prompts cut at model.max_length?"
@@ -126,11 +131,14 @@ class _Core:
 class _Trained:
     """What is trained, as views of one flat fp32 buffer (so that clipping and AdamW are a few operations in all).
 
-    With a core the layers are given the pair (A, B R). Before a step `refresh` computes B R from R, and after the
-    backward passes `finish` turns the gradient of B R into that of R, which is B^T d(B R).
+    With a core the layers are given the pair (A, B R), and in a subspace (M N, B). Before a step `refresh` computes B R
+    from R, or M N from M; after the backward passes `finish` turns the gradient of B R into that of R, which is
+    B^T d(B R), or that of M N into that of M, which is d(M N) N^T.
     """
 
-    def __init__(self, base: Base, plan: TrainPlan, begun: Start) -> None:
+    def __init__(
+        self, base: Base, ask: Ask, plan: TrainPlan, begun: Start, basis: Mapping[str, Float], who: str
+    ) -> None:
         self.base, self.plan = base, plan
         rank = plan.rank
         self.parts = "R" if plan.core else "AB"
@@ -141,24 +149,20 @@ class _Trained:
             self.begin |= {f"A:{n}": x[:rank] for n, x in begun.a.items()}
             self.begin |= {f"B:{n}": x[:, :rank] for n, x in begun.b.items()}
         self.begin |= {f"head:{n}": x for n, x in begun.head.items()}
-        keys = [k for k in self.begin if k.split(":", 1)[0] in plan.train]
-        sizes = [-(-self.begin[k].size // 16) * 16 for k in keys]  # 64-byte aligned
-        self.flat = torch.zeros(sum(sizes), device=base.device)
+        self.shapes = {k: x.shape for k, x in self.begin.items() if k.split(":", 1)[0] in plan.train}
+        self.flat = torch.zeros(sum(map(_room, self.shapes.values())), device=base.device)
         self.flat.grad = torch.zeros_like(self.flat)
         self.now: dict[str, Tensor] = {}
-        at = 0
-        for key, size in zip(keys, sizes, strict=True):
-            x = self.begin[key]
-            turned = key.startswith("B:")  # B lies as its transpose, see Pair
-            shape = x.shape[::-1] if turned else x.shape
-            leaf, grad = (buffer[at : at + x.size].view(shape) for buffer in (self.flat, self.flat.grad))
-            leaf, grad = (leaf.t(), grad.t()) if turned else (leaf, grad)
-            leaf.copy_(to_tensor(x, base.device))
+        grads = self.views(self.flat.grad)
+        for key, leaf in self.views(self.flat).items():
+            leaf.copy_(to_tensor(self.begin[key], base.device))
             self.now[key] = leaf.detach().requires_grad_(True)
-            self.now[key].grad = grad
-            at += size
+            self.now[key].grad = grads[key]
         for key in self.begin.keys() - self.now.keys():
             self.now[key] = to_tensor(self.begin[key], base.device)
+        self.penalties = penalties(ask, plan, self.now, self.flat, self.views, basis, who)
+        self.basis = {n: to_tensor(x, base.device) for n, x in basis.items()}
+        self.seen: dict[str, Tensor] = {}  # M N of each module whose M is trained, a leaf of its own
         self.cores: dict[str, _Core] = {}
         self.rest = {n: Factors(begun.a[n][rank:], begun.b[n][:, rank:], plan.scale) for n in base.layers}
         for name, layer in base.layers.items():
@@ -166,11 +170,34 @@ class _Trained:
                 layer.set_pair(self._with_core(name, begun))
                 continue
             rest = self.rest[name]
-            layer.set_pair(Pair(self.now[f"A:{name}"], self.now[f"B:{name}"], plan.scale), rest if rest.rank else None)
+            if basis:
+                rest = Factors(times(rest.a, basis[name]), rest.b, rest.scale)
+            layer.set_pair(Pair(self._a(name), self.now[f"B:{name}"], plan.scale), rest if rest.rank else None)
         if "head" in plan.train:
             for name, parameter in base.head.items():
                 parameter.data = self.now[f"head:{name}"].detach()
                 parameter.requires_grad_(True).grad = self.now[f"head:{name}"].grad
+
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
+        """The parts of a buffer like `flat` by key, 64-byte aligned. B lies as its transpose, see Pair."""
+        out: dict[str, Tensor] = {}
+        at = 0
+        for key, shape in self.shapes.items():
+            part = buffer[at : at + math.prod(shape)]
+            out[key] = part.view(shape[::-1]).t() if key.startswith("B:") else part.view(shape)
+            at += _room(shape)
+        return out
+
+    def _a(self, name: str) -> Tensor:
+        """What a layer sees as its A: the leaf itself, or in a subspace M N, a leaf of its own where M is trained."""
+        a = self.now[f"A:{name}"]
+        if name not in self.basis:
+            return a
+        seen = a.detach() @ self.basis[name]
+        if a.requires_grad:
+            seen.requires_grad_(True).grad = torch.zeros_like(seen)
+            self.seen[name] = seen
+        return seen
 
     def _with_core(self, name: str, begun: Start) -> Pair:
         """The pair (A, B R) of a module whose R is trained, and how to compute it again."""
@@ -179,12 +206,14 @@ class _Trained:
         seen = torch.empty_like(left).t().requires_grad_("R" in self.plan.train)
         if seen.requires_grad:
             seen.grad = torch.zeros_like(left).t()
-        core = _Core(left, to_tensor(begun.a[name], device), to_tensor(begun.r[name], device), seen)
+        right = to_tensor(begun.a[name], device)
+        right = right @ self.basis[name] if name in self.basis else right
+        core = _Core(left, right, to_tensor(begun.r[name], device), seen)
         self.cores[name] = core
         return Pair(core.right, seen, self.plan.scale)
 
     def refresh(self) -> None:
-        """Before a step: no gradient yet, and B R where there is a core."""
+        """Before a step: no gradient yet, B R where there is a core, M N where there is a subspace."""
         assert self.flat.grad is not None
         self.flat.grad.zero_()
         rank = self.plan.rank
@@ -194,34 +223,24 @@ class _Trained:
                 torch.mm(core.r.t(), core.left, out=core.seen.data.t())
                 if core.seen.grad is not None:
                     core.seen.grad.zero_()
+            for name, seen in self.seen.items():
+                torch.mm(self.now[f"A:{name}"], self.basis[name], out=seen.data)
+                assert seen.grad is not None
+                seen.grad.zero_()
 
-    def finish(self) -> float:
-        """After the backward passes of a step: gradients of cores and of the tail's penalty. Returns the penalty."""
+    def finish(self) -> dict[str, float]:
+        """After the backward passes of a step: gradients of cores, coordinates and penalties. Returns the penalties."""
         rank = self.plan.rank
         for name, core in self.cores.items():
             grad = self.now[f"R:{name}"].grad
             if grad is not None and core.seen.grad is not None:
                 torch.mm(core.left[:rank], core.seen.grad[:, :rank], out=grad)
-        return self._press_tail() if self.plan.tail_penalty else 0.0
-
-    def _press_tail(self) -> float:
-        """Adds the gradient of `tail_penalty * sum ||B_tail||_F ||A_tail||_F`, and returns that sum's value.
-
-        d ||B|| ||A|| = ||A|| B / ||B|| dB + ||B|| A / ||A|| dA, and zero where either is zero.
-        """
-        rows = slice(self.plan.rank - self.plan.tail, self.plan.rank)
-        total = torch.zeros((), dtype=torch.float64, device=self.base.device)
-        for name in self.base.layers:
-            a, b = self.now[f"A:{name}"], self.now[f"B:{name}"]
-            with torch.no_grad():
-                size_a, size_b = (torch.linalg.vector_norm(x) for x in (a[rows], b[:, rows]))
-                live = ((size_a > 0) & (size_b > 0)).to(a.dtype) * self.plan.tail_penalty
-                total += live * size_a * size_b
-                if a.grad is not None:
-                    a.grad[rows] += (live * size_b / size_a.clamp_min(TINY)) * a[rows]
-                if b.grad is not None:
-                    b.grad[:, rows] += (live * size_a / size_b.clamp_min(TINY)) * b[:, rows]
-        return float(total)
+        for name, seen in self.seen.items():
+            grad = self.now[f"A:{name}"].grad
+            assert grad is not None
+            assert seen.grad is not None
+            torch.mm(seen.grad, self.basis[name].t(), out=grad)
+        return {name: press() for name, press in self.penalties.items()}
 
     def detach(self) -> None:
         """The base as it was, but for blocks and head values."""
@@ -266,16 +285,22 @@ class _Trained:
             else:
                 left = torch.cat([now["B"] - begin["B"], begin["B"]], dim=1)
                 right = torch.cat([now["A"], now["A"] - begin["A"]])
+                right = right @ self.basis[name].double() if name in self.basis else right
             change += float(((left.t() @ left) * (right @ right.t())).sum())
             size += layer.squared_norm()
         return abs(self.plan.scale) * math.sqrt(max(change, 0.0) / size) if size else 0.0
+
+
+def _room(shape: Sequence[int]) -> int:
+    """Numbers set aside for a part of this shape: whole cache lines of 64 bytes."""
+    return -(-math.prod(shape) // 16) * 16
 
 
 @dataclass
 class _Progress:
     losses: list[tuple[float, int]] = field(default_factory=list)  # (sum, count) of each step
     norms: list[float] = field(default_factory=list)
-    penalties: list[float] = field(default_factory=list)  # of each step, where the plan has one
+    penalties: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))  # of each step, by metric
     tokens: int = 0
     answer_tokens: int = 0
     rows: int = 0
@@ -283,9 +308,8 @@ class _Progress:
 
     def metrics(self) -> dict[str, float]:
         some = max(1, len(self.losses) // 10)
-        pressed = {"tail_penalty": sum(self.penalties) / len(self.penalties)} if self.penalties else {}
         return {
-            **pressed,
+            **{name: sum(values) / len(values) for name, values in self.penalties.items()},
             "loss_before": _mean(self.losses[:some]),
             "loss_after": _mean(self.losses[-some:]),
             "grad_norm": sum(self.norms) / len(self.norms),
@@ -330,7 +354,7 @@ def _run(
     for i, (rate, micro) in enumerate(zip(rates(t, plan.progress, total_steps), order, strict=False)):
         adam.param_groups[0]["lr"] = rate
         begin = time.perf_counter()
-        loss, count, penalty, norm = _step(base, plan, micro, trained, adam.step)
+        loss, count, pressed, norm = _step(base, plan, micro, trained, adam.step)
         progress.step_seconds += time.perf_counter() - begin
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingError(
@@ -339,7 +363,8 @@ def _run(
             )
         progress.losses.append((loss, count))
         progress.norms.append(norm)
-        progress.penalties += [penalty] if plan.tail_penalty else []
+        for name, value in pressed.items():
+            progress.penalties[name].append(value)
         progress.tokens += sum(int(b.attention.sum()) for b in micro)
         progress.answer_tokens += count if base.task_type == "causal-lm" else 0
         progress.rows += sum(len(b.tokens) for b in micro)
@@ -350,8 +375,8 @@ def _run(
 
 def _step(
     base: Base, plan: TrainPlan, micro: Sequence[Batch], trained: _Trained, update: Callable[[], object]
-) -> tuple[float, int, float, float]:
-    """One optimiser step: (loss sum, what it is a sum over, penalty, gradient norm). No update if one is not finite."""
+) -> tuple[float, int, dict[str, float], float]:
+    """One optimiser step: (loss sum, what it is a sum over, penalties, gradient norm). Not finite: no update."""
     autocast, clip_norm = plan.training.autocast, plan.training.clip_norm
     trained.refresh()
     count = sum(counted(base, batch) for batch in micro)
@@ -361,7 +386,7 @@ def _step(
             loss = loss_sum(base, batch)
         (loss / count).backward()  # type: ignore[no-untyped-call]
         total += loss.item()
-    penalty = trained.finish()
+    pressed = trained.finish()
     gradient = trained.flat.grad
     assert gradient is not None
     norm = float(torch.linalg.vector_norm(gradient))
@@ -369,7 +394,7 @@ def _step(
         if clip_norm is not None and norm > clip_norm:
             gradient.mul_(clip_norm / (norm + 1e-6))
         update()
-    return total, count, penalty, norm
+    return total, count, pressed, norm
 
 
 def _steps(plan: TrainPlan, rows: int) -> int:

@@ -7,6 +7,7 @@ chunks, so they are never all alive (as in Wijmans et al. 2025, "Cut your losses
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from fedlora.base import Base
 from fedlora.data.batches import Batch
 
-__all__ = ["answer_logits", "class_logits", "counted", "loss_sum"]
+__all__ = ["among", "answer_logits", "class_logits", "counted", "full_logits", "hidden_states", "loss_sum"]
 
 CHUNK = 1024  # rows of logits alive at once
 
@@ -32,14 +33,14 @@ def counted(base: Base, batch: Batch) -> int:
 
 
 def loss_sum(base: Base, batch: Batch) -> Tensor:
-    """Cross-entropy summed over what `counted` counts, fp32, a scalar."""
+    """Cross-entropy summed over what `counted` counts, fp32, a scalar; a class is one of its row's choices."""
     if base.task_type == "sequence-classification":
-        return nnf.cross_entropy(class_logits(base, batch), _labels(base, batch), reduction="sum")
+        return nnf.cross_entropy(among(class_logits(base, batch), batch), _labels(base, batch), reduction="sum")
     where, targets = _predicted(base, batch)
     if not base.splits:
-        logits = _full_logits(base, batch).flatten(0, 1)[where]
+        logits = full_logits(base, batch).flatten(0, 1)[where]
         return nnf.cross_entropy(logits.float(), targets, reduction="sum")
-    hidden = _hidden(base, batch).flatten(0, 1)[where]
+    hidden = hidden_states(base, batch).flatten(0, 1)[where]
     head = base.model.get_output_embeddings()
     if not _plain_frozen(head):
         return nnf.cross_entropy(head(hidden).float(), targets, reduction="sum")
@@ -52,16 +53,28 @@ def answer_logits(base: Base, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Te
     where, targets = _predicted(base, batch)
     rows = torch.div(where, batch.tokens.shape[1], rounding_mode="floor")
     split = base.splits
-    states = (_hidden if split else _full_logits)(base, batch).flatten(0, 1)[where]
+    states = (hidden_states if split else full_logits)(base, batch).flatten(0, 1)[where]
     head = base.model.get_output_embeddings() if split else nn.Identity()
     for part, at, target in zip(*(torch.split(x, CHUNK) for x in (states, rows, targets)), strict=True):
         yield at, head(part).float(), target
 
 
 def class_logits(base: Base, batch: Batch) -> Tensor:
-    """Logits `[rows, classes]`, fp32."""
+    """Logits `[rows, classes]`, fp32, of all classes."""
     out: Tensor = base.model(input_ids=_tensor(base, batch.tokens), attention_mask=_mask(base, batch)).logits
     return out.float()
+
+
+def among(logits: Tensor, batch: Batch) -> Tensor:
+    """Logits `[rows, classes]` with minus infinity where a class is none of its row's choices."""
+    if batch.choices is None:
+        return logits
+    out = np.zeros(logits.shape, np.bool_)
+    for row, choices in zip(out, batch.choices, strict=True):
+        if choices is not None:
+            row[:] = True
+            row[list(choices)] = False
+    return logits.masked_fill(torch.from_numpy(out).to(logits.device), -math.inf)
 
 
 def _labels(base: Base, batch: Batch) -> Tensor:
@@ -86,14 +99,20 @@ def _mask(base: Base, batch: Batch) -> Tensor | None:
     return None if batch.attention.all() else _tensor(base, batch.attention)
 
 
-def _hidden(base: Base, batch: Batch) -> Tensor:
-    """Last hidden states `[rows, length, hidden]`; no mask, for causal attention never looks right at the padding."""
-    encoder = getattr(base.model, base.model.base_model_prefix)
-    out: Tensor = encoder(input_ids=_tensor(base, batch.tokens), use_cache=False).last_hidden_state
-    return out
+def hidden_states(base: Base, batch: Batch) -> Tensor:
+    """Last hidden states `[rows, length, features]`, in the base's dtype.
+
+    A causal model gets no mask: its attention never looks right at the padding.
+    """
+    encoder, tokens = getattr(base.model, base.model.base_model_prefix), _tensor(base, batch.tokens)
+    if base.task_type == "causal-lm":
+        states: Tensor = encoder(input_ids=tokens, use_cache=False).last_hidden_state
+    else:
+        states = encoder(input_ids=tokens, attention_mask=_mask(base, batch)).last_hidden_state
+    return states
 
 
-def _full_logits(base: Base, batch: Batch) -> Tensor:
+def full_logits(base: Base, batch: Batch) -> Tensor:
     out: Tensor = base.model(input_ids=_tensor(base, batch.tokens), use_cache=False).logits
     return out
 

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,12 +14,14 @@ from numpy.typing import NDArray
 from fedlora.adapter import Adapter, Array, Factors
 from fedlora.errors import BaseMismatch, TrainingError
 from fedlora.rng import public_normal, public_orthonormal, stream
-from fedlora.state import Ask, Header, Layout, Module, Part, TrainPlan, part
+from fedlora.state import Ask, Header, Layout, Module, Overlap, Part, Subspace, TrainPlan, part, times
+from fedlora.subspace import public_rows, rows_checksum
 
-__all__ = ["Start", "check_plan", "personal_pair", "public_pair", "start"]
+__all__ = ["Start", "bases", "check_plan", "coordinates", "personal_pair", "public_pair", "start"]
 
 Float = NDArray[np.float32]
 PROBE_TOLERANCE = 1e-5  # relative to the norm of the checksum
+BASIS_TOLERANCE = 1e-3  # of every entry of N N^T, for a designed basis as it arrives
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +56,7 @@ def check_plan(plan: TrainPlan, layout: Layout, who: str) -> None:
         raise TrainingError(f"{who}: scale must be finite and not 0, got {plan.scale}")
     _check_parts(plan, who)
     _check_tail(plan, who)
+    _check_penalties(plan, who)
     t = plan.training
     if (t.local_steps is None) == (t.local_epochs is None):
         raise TrainingError(
@@ -99,13 +103,79 @@ def _check_tail(plan: TrainPlan, who: str) -> None:
         )
 
 
+def _check_penalties(plan: TrainPlan, who: str) -> None:
+    """Raises: TrainingError if a penalty is no number, has nothing to be measured against, or would be constant."""
+    for name, value in (("overlap", plan.overlap), ("anchor", plan.anchor)):
+        if not (math.isfinite(value) and value >= 0):
+            raise TrainingError(f"{who}: {name} must be finite and not negative, got {value}")
+    if plan.against < 0:
+        raise TrainingError(f"{who}: against counts blocks, got {plan.against}")
+    if plan.overlap_form not in get_args(Overlap):
+        raise TrainingError(f"{who}: overlap_form is one of {', '.join(get_args(Overlap))}, got {plan.overlap_form!r}")
+    if plan.overlap and not plan.against:
+        raise TrainingError(
+            f"{who}: overlap {plan.overlap:g} against 0 blocks: there is nothing to be orthogonal to; the first task's "
+            "overlap must be 0"
+        )
+    if plan.overlap and (plan.core or "A" not in plan.train):
+        raise TrainingError(
+            f"{who}: overlap {plan.overlap:g} would be a constant, because A is frozen; the plan trains "
+            f"{list(plan.train)}"
+        )
+    if plan.anchor and (plan.core or not {"A", "B"} & set(plan.train)):
+        raise TrainingError(
+            f"{who}: anchor {plan.anchor:g} would be a constant, because neither A nor B is trained; the plan trains "
+            f"{list(plan.train)}"
+        )
+
+
+def coordinates(ask: Ask, layout: Layout) -> Layout:
+    """The layout as the plan and the arrays of an ask see it: in the coordinates of its subspace, if it has one."""
+    return layout if ask.subspace is None else layout.within(ask.subspace.dim)
+
+
+def bases(ask: Ask, header: Header, layout: Layout) -> dict[str, Float]:
+    """N `[dim, in]` of every module, with orthonormal rows; empty without a subspace. An A of the ask acts as `M N`.
+
+    A public N is made here and checked against the ask's `probe:N/module` `[dim]`; a designed one is the ask's
+    `N:module`.
+    Raises: TrainingError if something is missing, misshapen or not orthonormal to 1e-3, or an embedding is adapted (its
+    A is looked up by token, and its fresh factor is B); BaseMismatch if a public N is not the server's; AdapterError if
+    a public subspace does not fit a module.
+    """
+    subspace = ask.subspace
+    if subspace is None:
+        return {}
+    who = f"client {header.client}, round {header.round}"
+    given, probes = part(ask.arrays, "N"), part(ask.arrays, "probe")
+    out: dict[str, Float] = {}
+    for name, module in sorted(layout.modules.items()):
+        if module.kind == "embedding":
+            raise TrainingError(
+                f"{who}: {name} is an embedding, and a subspace is one of inputs: leave it out of model.target_modules"
+            )
+        if subspace.seed is not None:
+            out[name] = _public_n(subspace, name, module, probes, who)
+            continue
+        n = _given(given, f"N:{name}", name, (subspace.dim, module.inp), who)
+        off = float(np.abs(n @ n.T - np.eye(len(n), dtype=np.float32)).max(initial=0.0))
+        if not off <= BASIS_TOLERANCE:
+            raise TrainingError(
+                f"{who}: the rows of N:{name} are not orthonormal, N N^T is off by {off:.2e}; was it sent with a lossy "
+                "codec?"
+            )
+        out[name] = n
+    return out
+
+
 def start(ask: Ask, plan: TrainPlan, header: Header, layout: Layout, kept: Mapping[str, Array] | None = None) -> Start:
     """What the plan says to begin with; parts in `plan.keep` are taken from `kept` where it has their shape.
 
     Fresh A is uniform within 1/sqrt(in) (LoRA's usual Kaiming start), one stream per client and round over sorted
     modules. An embedding's fresh pair is the other way round, as in PEFT: A is zero and B normal, because looking up
     a zero B would give A no gradient. A public A is checked against the Ask's checksum `A @ probe` per module; a public
-    B is the transpose of orthonormal rows from the same generator, which that checksum vouches for.
+    B is the transpose of orthonormal rows from the same generator, which that checksum vouches for. In a subspace every
+    A is coordinates `[rows, dim]`, and these rules hold for them: `in` is `dim`.
     Raises: TrainingError if an array is missing or misshapen, or parts are to be kept and `kept` is None; BaseMismatch
     if a public A is not the server's.
     """
@@ -115,6 +185,7 @@ def start(ask: Ask, plan: TrainPlan, header: Header, layout: Layout, kept: Mappi
             f"{who}: this client has no memory folder, and {plan.method} keeps {', '.join(plan.keep)} there from round "
             "to round; give the node one, or choose a method that keeps nothing"
         )
+    layout = coordinates(ask, layout)
     given_a, given_b, given_r, head = (part(ask.arrays, name) for name in ("A", "B", "R", "head"))
     probes = part(ask.arrays, "probe")
     a: dict[str, Float] = {}
@@ -174,7 +245,8 @@ def _given(arrays: Mapping[str, Array], key: str, name: str, shape: tuple[int, .
 def public_pair(ask: Ask, header: Header, layout: Layout) -> Adapter:
     """The pair that an evaluation attaches: A made here, and B from the ask; with a core, B made here too, times R.
 
-    Raises: as `start`, and TrainingError if the ask has none.
+    In a subspace A is made in its coordinates, and returned as it acts on the base, `M N`.
+    Raises: as `start` and `bases`, and TrainingError if the ask has none.
     """
     who = f"client {header.client}, round {header.round}"
     if ask.public is None:
@@ -182,14 +254,14 @@ def public_pair(ask: Ask, header: Header, layout: Layout) -> Adapter:
     seed, rows = ask.public.seed, ask.public.rows
     b, r, probes = (part(ask.arrays, name) for name in ("B", "R", "probe"))
     pairs: dict[str, Factors] = {}
-    for name, module in layout.modules.items():
+    for name, module in coordinates(ask, layout).modules.items():
         if ask.public.core:
             core = _given(r, f"R:{name}", name, (rows, rows), who)
             left = _public_b(seed, rows, name, module, who) @ core
         else:
             left = _given(b, f"B:{name}", name, (module.out, rows), who)
         pairs[name] = Factors(_public_a(seed, rows, name, module, probes, who), left, ask.public.scale)
-    return Adapter(pairs)
+    return _acting(pairs, bases(ask, header, layout))
 
 
 def personal_pair(
@@ -198,8 +270,9 @@ def personal_pair(
     """The pair and head of this client's own that an evaluation attaches; `kept` is what it kept of its last round.
 
     A `[rank, in]` is the first rows of the ask's, or kept where the ask has none; B `[out, rank]` and head are kept.
-    What was not kept in this shape adds nothing: B is zero there, and the head is the ask's.
-    Raises: TrainingError if the ask has no personal pair, or its A or head is missing or misshapen.
+    What was not kept in this shape adds nothing: B is zero there, and the head is the ask's. In a subspace A is
+    coordinates, and returned as it acts on the base.
+    Raises: TrainingError if the ask has no personal pair, or its A or head is missing or misshapen; as `bases`.
     """
     who = f"client {header.client}, round {header.round}"
     if ask.personal is None:
@@ -207,7 +280,7 @@ def personal_pair(
     rank, given = ask.personal.rank, part(ask.arrays, "A")
     own = {of: part(kept, of) for of in ("A", "B", "head")}
     pairs: dict[str, Factors] = {}
-    for name, module in layout.modules.items():
+    for name, module in coordinates(ask, layout).modules.items():
         shape_a, shape_b = (rank, module.inp), (module.out, rank)
         if given:
             leading = {name: given[name][:rank]} if name in given else {}
@@ -220,7 +293,12 @@ def personal_pair(
     for name, shape in sorted(layout.head.items()):
         mine = name in own["head"] and own["head"][name].shape == tuple(shape)
         heads[name] = _given(own["head"] if mine else head, f"head:{name}", name, tuple(shape), who)
-    return Adapter(pairs), heads
+    return _acting(pairs, bases(ask, header, layout)), heads
+
+
+def _acting(pairs: Mapping[str, Factors], basis: Mapping[str, Float]) -> Adapter:
+    """The pairs as they act on the base: coordinates times their basis, where there is one."""
+    return Adapter({n: Factors(times(f.a, basis[n]), f.b, f.scale) if n in basis else f for n, f in pairs.items()})
 
 
 def _kept(arrays: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Float:
@@ -232,15 +310,30 @@ def _kept(arrays: Mapping[str, Array], name: str, shape: tuple[int, ...]) -> Flo
 
 def _public_a(seed: int, rows: int, name: str, module: Module, probes: Mapping[str, Array], who: str) -> Float:
     basis, checksum = _basis(seed, name, rows, module.inp)
-    if name not in probes or probes[name].shape != checksum.shape:
-        raise TrainingError(f"{who}: a public A needs its checksum probe:{name} of shape {checksum.shape} in the ask")
-    off = float(np.linalg.norm(probes[name].astype(np.float64) - checksum))
+    _vouched(probes, name, checksum, f"A of {name}", seed, who)
+    return basis
+
+
+def _public_n(subspace: Subspace, name: str, module: Module, probes: Mapping[str, Array], who: str) -> Float:
+    checksum = _checksum(subspace, name, module.inp)
+    _vouched(probes, f"N/{name}", checksum, f"basis N of {name}", subspace.seed, who)
+    return public_rows(subspace, name, module.inp)
+
+
+def _vouched(
+    probes: Mapping[str, Array], key: str, checksum: NDArray[np.floating], what: str, seed: int | None, who: str
+) -> None:
+    """Raises: TrainingError without a checksum of this shape in the ask; BaseMismatch if it is another's."""
+    if key not in probes or probes[key].shape != checksum.shape:
+        raise TrainingError(
+            f"{who}: a public {what} needs its checksum probe:{key} of shape {checksum.shape} in the ask"
+        )
+    off = float(np.linalg.norm(probes[key].astype(np.float64) - checksum))
     if not off <= PROBE_TOLERANCE * max(float(np.linalg.norm(checksum)), 1e-30):
         raise BaseMismatch(
-            f"{who}: the public A of {name} made here from seed {seed} is not the server's: checksums differ by "
-            f"{off:.2e}; do both sides run the same fedlora version?"
+            f"{who}: the public {what} made here from seed {seed} is not the server's: checksums differ by {off:.2e}; "
+            "do both sides run the same fedlora version?"
         )
-    return basis
 
 
 def _public_b(seed: int, rows: int, name: str, module: Module, who: str) -> Float:
@@ -258,6 +351,11 @@ def _basis(seed: int, name: str, rows: int, inp: int) -> tuple[Float, NDArray[np
     probe = np.asarray(public_normal(seed, "probe", name, shape=(inp,)), np.float64)
     basis.flags.writeable = False
     return basis, basis.astype(np.float64) @ probe
+
+
+@functools.lru_cache(maxsize=4096)
+def _checksum(subspace: Subspace, name: str, inp: int) -> Float:
+    return rows_checksum(subspace, name, public_rows(subspace, name, inp))
 
 
 @functools.lru_cache(maxsize=4096)

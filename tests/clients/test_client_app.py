@@ -38,7 +38,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Header]:
     monkeypatch.setattr(
         client, "resident_base", lambda model: SimpleNamespace(fingerprint=BASE, layout=LAYOUT, initial_head={})
     )
-    monkeypatch.setattr(client, "encoded", lambda config, index: ([], []))
+    monkeypatch.setattr(client, "encoded", lambda config, index, task="": ([], []))
     monkeypatch.setattr(client, "train_client", train)
     monkeypatch.setattr(client, "attach", lambda *args: None)
     return seen

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedlora.data.batches import Batch, alike, in_order, steps
+from fedlora.data.batches import Batch, alike, in_order, pad, steps
 from fedlora.data.rows import TokenRow
 from fedlora.errors import DataError
 
@@ -148,3 +149,21 @@ def test_refusals():
         in_order([*make([3]), *make([3], labels=True)], batch_size=2, pad_id=0)
     with pytest.raises(DataError, match=r"one shape \[length >= 1\], got \(0,\) and \(0,\)"):
         TokenRow(np.empty(0, np.int32), np.empty(0, np.bool_))
+
+
+def test_a_batch_carries_its_rows_choices():
+    rows = [replace(row, choices=None if i == 1 else (2, i % 3)) for i, row in enumerate(make([4, 9, 2], labels=True))]
+    assert pad(rows, PAD).choices == ((2, 0), None, (2, 2))
+    assert pad(rows[1:2], PAD).choices is None
+    for batch, indices in in_order(rows, batch_size=3, pad_id=PAD):
+        assert batch.choices == tuple(rows[i].choices for i in indices)
+
+
+def test_a_label_is_one_of_its_choices():
+    row = TokenRow(np.ones(3, np.int32), np.zeros(3, np.bool_), 1, choices=(0, 1))
+    with pytest.raises(DataError, match=r"label 2 must be one of its choices \(0, 1\)"):
+        replace(row, label=2)
+    with pytest.raises(DataError, match="label None must be one of its choices"):
+        replace(row, label=None)
+    with pytest.raises(DataError, match=r"one of its choices \(\)"):
+        replace(row, choices=())

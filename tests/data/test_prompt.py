@@ -223,8 +223,10 @@ def test_the_embedded_base():
 
 def test_a_run_says_the_format(tokenizer):
     classify = {"task_type": "sequence-classification", "labels": ["World", "Sports"], "max_length": 9}
-    run = RunConfig.model_validate({"model": classify, "data": {"name": "a.jsonl", "prompt": "{input} ->"}})
+    data = {"name": "a.jsonl", "prompt": "{input} ->", "labels": ["Sports"]}
+    run = RunConfig.model_validate({"model": classify, "data": data})
     form = prompt_format(run, tokenizer)
+    assert form.choices == ("Sports",)
     assert (form.labels, form.max_length, form.template) == (("World", "Sports"), 9, "{input} ->")
     assert prompt_format(RunConfig(), tokenizer).labels == ()
     with pytest.raises(ConfigError, match="tiny comes without a tokenizer"):
@@ -246,6 +248,26 @@ class TestClassification:
         assert found[0].group == "news"
         assert (report.kept, report.truncated) == (2, ("a.csv:3",))
         assert report.summary() == "2 rows kept, 1 cut at the maximum length: a.csv:3"
+
+    def test_the_choices_of_a_task(self, tokenizer):
+        form = PromptFormat(tokenizer, None, 8, labels=("World", "Sports", "Good", "Bad"), choices=("Bad", "Good"))
+        rows = [Row.single("", "Fine.", "Good", label="Good"), Row.single("", "Oh no", "Bad")]
+        found, _ = form.encode(rows)
+        assert [(row.label, row.choices) for row in found] == [(2, (3, 2)), (3, (3, 2))]
+        with pytest.raises(DataError, match=r"a:1: label 'World' is none of data\.labels: Bad, Good"):
+            form.encode([Row.single("", "Goal!", "World", source="a:1")])
+        with pytest.raises(ConfigError, match=r"data\.labels: Godo not in model\.labels: .*; did you mean 'Good'"):
+            PromptFormat(tokenizer, None, 8, labels=("Good", "Bad"), choices=("Godo", "Bad"))
+        plain = PromptFormat(tokenizer, None, 8, labels=("Good", "Bad")).encode(rows)[0]
+        assert [row.choices for row in plain] == [None, None]
+
+    def test_choices_mean_nothing_to_a_language_model(self, tokenizer):
+        rows = [Row.single("Say", "", "hi")]
+        (with_choices,), (without,) = (
+            PromptFormat(tokenizer, None, 512, choices=c).encode(rows)[0] for c in (("a",), ())
+        )
+        assert with_choices.choices is None
+        assert with_choices.tokens.tolist() == without.tokens.tolist()
 
     def test_an_unknown_label_is_refused(self, tokenizer):
         form = PromptFormat(tokenizer, None, 8, labels=("World", "Sports"))

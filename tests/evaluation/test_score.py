@@ -75,6 +75,33 @@ def test_classification_counts_rows(load: Load, labelled: list[TokenRow]) -> Non
     assert sums["tokens"] == sums["counted"] == 30
 
 
+def test_correct_among_the_choices_and_among_all(load: Load, labelled: list[TokenRow]) -> None:
+    base = load("bert")
+    logits = torch.cat(
+        [base.model(input_ids=torch.from_numpy(r.tokens.astype(np.int64))[None]).logits for r in labelled]
+    )
+    held = [
+        replace(row, choices=None if i % 3 == 0 else tuple({row.label, i % 2}))  # type: ignore[arg-type]
+        for i, row in enumerate(labelled)
+    ]
+    sums = score(base, held, batch_size=8)
+    loss, hit, hit_open = 0.0, [], []
+    for row, line in zip(held, logits, strict=True):
+        chosen = [0, 1, 2] if row.choices is None else sorted(row.choices)
+        assert row.label is not None
+        loss += float(nnf.cross_entropy(line[chosen][None], torch.tensor([chosen.index(row.label)])))
+        hit.append(chosen[int(line[chosen].argmax())] == row.label)
+        hit_open.append(int(line.argmax()) == row.label)
+    assert sums["correct"] == sum(hit) > sum(hit_open) == sums["correct_open"]
+    assert sums["loss"] == pytest.approx(loss, rel=1e-5)
+    for group in ("g0", "g1"):
+        members = [i for i, row in enumerate(held) if row.group == group]
+        assert sums[f"correct/{group}"] == sum(hit[i] for i in members)
+        assert sums[f"correct_open/{group}"] == sum(hit_open[i] for i in members)
+        assert sums[f"counted/{group}"] == len(members)
+    assert not any("open" in key for key in score(base, labelled, batch_size=8))
+
+
 def test_sums_of_parts_add_up(load: Load, rows: list[TokenRow]) -> None:
     base = load("llama")
     whole, left, right = (score(base, r, batch_size=8) for r in (rows, rows[:13], rows[13:]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -241,6 +242,67 @@ def test_a_thousand_clients_get_a_summary_and_the_extremes(tmp_path: Path) -> No
     assert "client-00500" not in read.text
     assert text.count("<tr>") < 80
     assert len(text) < 150_000
+
+
+def with_personal(folder: Path, scores: Sequence[tuple[float, float | None, float | None]], **more: Any) -> Path:
+    """A `personal` event with these (held-out rows, global, personal) by client; None: it did not answer."""
+    clients = []
+    for i, (counted, before, after) in enumerate(scores):
+        both = {"global": before, "personal": after}
+        told = {k: {"counted": counted, "score": s} if counted else {"counted": 0.0} for k, s in both.items() if s}
+        clients.append({"id": f"client-{i:05d}", "loss_before": 2.0, "global": {}, "personal": {}, **told})
+    RunLog(folder).append(
+        {"event": "personal", "steps": 20, "clients": clients[::-1], "bytes_up": 3456, "bytes_down": 1200000, **more}
+    )
+    return folder
+
+
+def table_rows(text: str, heading: str = "Personal adapters") -> list[list[str]]:
+    """The rows of a section's tables, cell by cell."""
+    section = text.partition(f"<h2>{heading}</h2>")[2].partition("<h2>")[0]
+    return [re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", section, re.DOTALL)]
+
+
+def test_personal_adapters_against_the_global_one(tmp_path: Path) -> None:
+    run_folder(tmp_path, ["personal.steps=20", "rounds.clients=4"])
+    refusal = {"client": "client-00003", "rule": "timeout", "detail": "no answer"}
+    scores = [(30.0, 0.1, 0.5), (10.0, 0.5, 0.1), (20.0, 0.6, None), (0.0, 1.0, 1.0)]
+    read, text = page(with_personal(tmp_path, scores, refused=[refusal]))
+    assert (
+        "After the last round four clients trained a local adapter on top of the global one, 20 steps each" in read.text
+    )
+    assert "and kept it. With its evaluations this took 3.5 kB up and 1.2 MB down." in read.text
+    assert "exact match on the rows that each client holds out" in read.text
+    assert table_rows(text) == [
+        ["client", "rows", "global", "personal"],
+        ["client-00000", "30", "10.0 %", "50.0 %"],
+        ["client-00001", "10", "50.0 %", "10.0 %"],
+        ["client-00002", "20", "60.0 %", "–"],
+        ["client-00003", "0", "–", "–"],
+        ["mean", "40", "20.0 %", "40.0 %"],  # (30 * 0.1 + 10 * 0.5) / 40, (30 * 0.5 + 10 * 0.1) / 40
+    ]
+    assert "One answer refused by name" in read.text
+    assert ["personal", "client-00003", "timeout", "no answer"] in table_rows(text, "Answers that were not taken")
+
+
+def test_of_many_personal_adapters_the_extremes(tmp_path: Path) -> None:
+    run_folder(tmp_path, ["personal.steps=20", "rounds.clients=100"], cohort=5)
+    _, text = page(with_personal(tmp_path, [(10.0, 0.5, (i * 37 % 100 + 1) / 101) for i in range(100)]))
+    gains = sorted((i * 37 % 100, f"client-{i:05d}") for i in range(100))
+    rows = [row for row in table_rows(text) if row[0] != "client"]
+    assert rows[0] == ["mean", "1,000", "50.0 %", "50.0 %"]
+    assert [row[0] for row in rows[1:]] == [c for _, c in [*gains[:5], *gains[:-6:-1]]]
+
+
+def test_personal_adapters_without_held_out_rows_are_told_and_not_scored(tmp_path: Path) -> None:
+    run_folder(tmp_path, ["personal.steps=20", "rounds.clients=2", "data.holdout=0"], evaluate=False)
+    read, text = page(with_personal(tmp_path, [(0.0, 1.0, 1.0)] * 2))
+    assert "No client has both scores on rows that it holds out." in read.text
+    assert table_rows(text) == []
+
+
+def test_without_personal_adapters_there_is_no_such_section(tmp_path: Path) -> None:
+    assert "ersonal" not in page(run_folder(tmp_path))[0].text.partition("All settings, as config.toml")[0]
 
 
 def test_many_rounds_and_many_groups_are_thinned_out(tmp_path: Path) -> None:

@@ -110,6 +110,20 @@ def test_a_resumed_run_forgets_later_rounds_and_the_end_and_keeps_references(tmp
     assert read_log(tmp_path)[-1] == numbered(2)
 
 
+@pytest.mark.parametrize("round_", [0, 2])
+def test_of_the_untrained_scores_a_resumed_run_keeps_the_last(tmp_path: Path, round_: int) -> None:
+    log = RunLog(tmp_path)
+    for score in (0.1, 0.2):
+        log.append(start())
+        log.append({"event": "untrained", "tasks": {"agnews": {"score": score, "counted": 10.0}}})
+    log.append(numbered(1))
+    log.truncate_to(round_)
+    log.truncate_to(round_)
+    kept = [e for e in read_log(tmp_path) if e["event"] == "untrained"]
+    assert kept == [{"event": "untrained", "tasks": {"agnews": {"score": 0.2, "counted": 10.0}}}]
+    assert len(read_log(tmp_path)) == 3 + (round_ > 0)
+
+
 def test_a_crash_while_truncating_leaves_the_old_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = filled(tmp_path)
     before = log.path.read_bytes()

@@ -56,9 +56,15 @@ CASES: dict[str, tuple[Callable[[Any, Any], Any], str, str]] = {
     "rank as truth": (lambda c, f: setattr(c, "rank", True), "node 1002 hello", "rank must be int, got True"),
     "modules as a list": (with_layout(modules=[]), "node 1002 hello", "modules must be"),
     "no module": (with_layout(modules={}), "node 1002 hello", "0 modules"),
-    "sizes as text": (with_layout(modules={"q": ["4", 4, "linear"]}), "node 1002 hello", "modules.q must be int"),
-    "size 0": (with_layout(modules={"q": [4, 0, "linear"]}), "node 1002 hello", "smallest size 0"),
-    "unknown kind": (with_layout(modules={"q": [4, 4, "magic"]}), "node 1002 hello", "modules.q must be"),
+    "sizes as text": (with_layout(modules={"q": ["4", 4, "linear", ""]}), "node 1002 hello", "modules.q must be int"),
+    "size 0": (with_layout(modules={"q": [4, 0, "linear", ""]}), "node 1002 hello", "smallest size 0"),
+    "unknown kind": (with_layout(modules={"q": [4, 4, "magic", ""]}), "node 1002 hello", "modules.q must be"),
+    "an input shared with nobody": (
+        with_layout(modules={"q": [4, 4, "linear", "k"]}),
+        "node 1002 hello",
+        "named as sharing an input",
+    ),
+    "features below 0": (with_layout(features=-1), "node 1002 hello", "-1 features"),
     "no layout": (lambda c, f: setattr(c, "layout", None), "node 1002 hello", "layout must be"),
     "a head of another shape": (
         lambda c, f: setattr(c, "head", {n: np.zeros((1, *s), np.float32) for n, s in f.LAYOUT.head.items()}),

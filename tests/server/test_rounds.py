@@ -485,7 +485,7 @@ def conform(event: Mapping[str, Any], schema: Any) -> None:
 
 def test_clients_share_their_shapes_and_blocks(lab: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"shapes": 0, "blocks": 0}
-    for name, target in (("shapes", "expected_shapes"), ("blocks", "encode_blocks")):
+    for name, target in (("shapes", "expected_arrays"), ("blocks", "encode_blocks")):
         inner = getattr(__import__("server.rounds", fromlist=["x"]), target)
 
         def counted(*args: Any, inner: Any = inner, name: str = name) -> Any:
@@ -495,5 +495,5 @@ def test_clients_share_their_shapes_and_blocks(lab: Any, fakes: Any, monkeypatch
         monkeypatch.setattr(f"server.rounds.{target}", counted)
     one = lab(ranks=(4, 2) * 15)
     one.conduct("rounds.count=2", "method.name=flora", "rounds.in_flight=4")
-    assert calls == {"shapes": 4, "blocks": 3}  # two ranks in two rounds; two trainings and one evaluation
+    assert calls == {"shapes": 5, "blocks": 3}  # two ranks in two rounds and one evaluation; three sets of blocks
     assert one.grid.alive == 4

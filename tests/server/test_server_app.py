@@ -14,8 +14,9 @@ from flwr.app import Context, RecordDict
 from fedlora.adapter import Adapter, Factors
 from fedlora.config import flat, load_config
 from fedlora.errors import ConfigError
+from fedlora.state import Block, GlobalState, Layout, Module, Task
 from server.app import main, open_run, require_same_settings, run
-from server.release import compact
+from server.release import release
 
 
 def test_a_folder_is_opened_once(tmp_path: Path) -> None:
@@ -67,14 +68,19 @@ def test_the_server_app_goes_on_with_its_own_run_only(
         main(one.grid, context(config, out=str(tmp_path / "mine")))
 
 
-@pytest.mark.parametrize("rank", [0, 1, 3, 12])
-def test_compact_keeps_the_product_at_its_own_rank(rank: int) -> None:
+@pytest.mark.parametrize("rank", [1, 3, 12])
+def test_a_release_has_the_lowest_rank_that_holds_the_update(tmp_path: Path, rank: int) -> None:
+    """Two blocks in the same `rank` directions are one adapter of that rank, and of at most min(out, in)."""
+    bridge = pytest.importorskip("fedlora.peft_bridge")
     rng = np.random.default_rng(rank)
-    b, a = rng.normal(size=(9, rank)), rng.normal(size=(rank, 5))
-    twice = Factors(np.concatenate([a, a]).astype(np.float32), np.concatenate([b, b], axis=1).astype(np.float32), 0.5)
-    small = compact(Adapter({"q": twice}))["q"]
-    assert small.rank == np.linalg.matrix_rank(b @ a) == min(rank, 5)
-    np.testing.assert_allclose(small.dense(), b @ a, atol=1e-5)
+    a, b = rng.normal(size=(rank, 5)).astype(np.float32), rng.normal(size=(9, rank)).astype(np.float32)
+    blocks = tuple(Block(adapter=Adapter({"q": Factors(a, b, s)}), born=i) for i, s in enumerate((0.5, 0.75)))
+    layout = Layout(modules={"q": Module(out=9, inp=5)})
+    state = GlobalState(version=2, base="x", layout=layout, tasks={"": Task(name="", blocks=blocks)})
+    release(tmp_path, state, load_config(None, []), run="a-run", rounds=2)
+    released, _ = bridge.load_adapter(tmp_path / "adapter")
+    assert released.ranks == {"q": min(rank, 5)}
+    np.testing.assert_allclose(released["q"].dense(), 1.25 * b.astype(np.float64) @ a, atol=1e-4)
 
 
 def test_a_release_is_the_same_bytes_for_the_same_state(lab: Any, tmp_path: Path) -> None:

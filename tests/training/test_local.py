@@ -424,6 +424,9 @@ def test_a_classifier_refuses_rows_without_labels(
     base = load("bert")
     with pytest.raises(TrainingError, match="30 of 30 rows have no label from 0 to 2"):
         train_client(base, header(base), given(base, plan), rows, threads=1)
+    beyond = [replace(row, choices=(0, 1, 2, 3 * (i == 0))) for i, row in enumerate(labelled)]
+    with pytest.raises(TrainingError, match="1 of 30 rows have no label from 0 to 2, or choices beyond"):
+        train_client(base, header(base), given(base, plan), beyond, threads=1)
     with pytest.raises(TrainingError, match=r"starts from head:classifier\.bias, which the ask does not carry"):
         train_client(base, header(base), Ask(plan=plan), labelled, threads=1)
 

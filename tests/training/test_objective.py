@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from fedlora.data.batches import Batch, pad
 from fedlora.data.rows import TokenRow
 from fedlora.training import objective
 from fedlora.training.lora import Pair
-from fedlora.training.objective import answer_logits, class_logits, counted, loss_sum
+from fedlora.training.objective import among, answer_logits, class_logits, counted, loss_sum
 
 Load = Callable[..., Base]
 
@@ -89,3 +90,31 @@ def test_class_logits_ignore_padding(load: Load, labelled: list[TokenRow]) -> No
     labels = torch.tensor([row.label for row in labelled[:6]])
     torch.testing.assert_close(loss_sum(base, batch), nnf.cross_entropy(alone, labels, reduction="sum"))
     assert counted(base, batch) == 6
+
+
+def test_a_class_is_one_of_its_rows_choices(load: Load, labelled: list[TokenRow]) -> None:
+    """The loss is that over the logits of the choices alone, row by row; other classes get no gradient."""
+    base = load("bert")
+    choices = [None, (0, 1, 2), (2, 0), (1, 2)]
+    some = [
+        replace(row, choices=c if c is None or row.label in c else (row.label,))
+        for row, c in zip(labelled[:12], choices * 3, strict=True)
+    ]
+    logits = class_logits(base, pad(some, 0)).detach().requires_grad_()
+    held = among(logits, pad(some, 0))
+    want = torch.zeros(())
+    for row, line, masked in zip(some, logits, held, strict=True):
+        chosen = list(range(3)) if row.choices is None else sorted(row.choices)
+        assert torch.equal(masked[chosen], line[chosen])
+        assert torch.isneginf(masked).sum() == 3 - len(chosen)
+        want = want + nnf.cross_entropy(line[chosen][None], torch.tensor([chosen.index(row.label)]))
+    got = loss_sum(base, pad(some, 0))
+    torch.testing.assert_close(got, want)
+    (left,) = torch.autograd.grad(
+        nnf.cross_entropy(held, torch.tensor([r.label for r in some]), reduction="sum"), logits
+    )
+    (right,) = torch.autograd.grad(want, logits)
+    torch.testing.assert_close(left, right)
+    assert among(logits, pad(labelled[:12], 0)) is logits
+    everything = [replace(row, choices=(0, 1, 2)) for row in labelled[:12]]
+    torch.testing.assert_close(loss_sum(base, pad(everything, 0)), loss_sum(base, pad(labelled[:12], 0)))

