@@ -12,7 +12,6 @@ import json
 import os
 import re
 import secrets
-import shutil
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -147,13 +146,18 @@ class Memory:
     def _link(self, digest: str, block: Block) -> None:
         pooled = self._pool / f"{digest}.block"
         try:
-            if not pooled.exists():
-                self._write_in(self._pool, pooled.name, encode_block(block))
             self._make()
-            try:
-                os.link(pooled, self._folder / pooled.name)
-            except OSError:  # no links here, or none left: a copy
-                shutil.copyfile(pooled, self._folder / pooled.name)
+            for _ in range(3):
+                if not pooled.exists():
+                    self._write_in(self._pool, pooled.name, encode_block(block))
+                try:
+                    os.link(pooled, self._folder / pooled.name)
+                except FileNotFoundError:  # another client let it go at the same moment
+                    continue
+                except OSError:  # no links here, or none left
+                    break
+                return
+            self._write_in(self._folder, pooled.name, encode_block(block))
         except OSError as error:
             raise CheckpointError(
                 f"cannot keep a block in {self._folder}: {error.strerror or error}. Free some space or mend the "

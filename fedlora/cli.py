@@ -11,19 +11,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from fedlora.errors import ConfigError, FedLoRAError
+from fedlora.pki_commands import app as pki
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
@@ -36,9 +28,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(pki, name="pki")
 console = Console(highlight=False)
 
-Scenario = Annotated[Path | None, typer.Argument(help="A TOML file of settings; without it, the embedded default.")]
+Scenario = Annotated[
+    Path | None,
+    typer.Argument(help="A TOML file of settings, or a shipped scenario: tasks. Without it, the embedded default."),
+]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Any setting, e.g. --set training.learning_rate=1e-3")]
 Out = Annotated[Path | None, typer.Option(help="A new folder for the results; without it, the next under runs/.")]
 
@@ -72,7 +68,9 @@ def simulate(
 ) -> None:
     """Fine-tune across simulated clients on this machine, and write a run folder with the adapter and a report."""
     from fedlora.config import differences, load_config
+    from fedlora.display import Display
 
+    scenario = _shipped(scenario)
     options = _overrides(
         {
             "method.name": method,
@@ -101,7 +99,7 @@ def simulate(
             )
     else:
         config = load_config(scenario, options)
-        folder = out or _next_folder(config.method.name)
+        folder = out or _next_folder(config.continual.method if config.tasks else config.method.name)
 
     from server.app import open_run
     from simulations.simulate import MAKE, check
@@ -110,7 +108,7 @@ def simulate(
     if resume is None:
         check(config)
         open_run(folder, config)
-    with _Display(config.rounds.count) as display:
+    with Display(console, config) as display:
         result = run_simulation(config, folder, notify=display.hear, references=tuple(MAKE) if references else ())
     _print_result(result)
 
@@ -118,43 +116,69 @@ def simulate(
 @app.command()
 def compare(
     scenario: Scenario = None,
-    methods: Annotated[str, typer.Option(help="Names with commas between, or `all`.")] = "fedit,ffa-lora,flora",
+    methods: Annotated[
+        str | None, typer.Option(help="Names with commas between, or `all`; fedit,ffa-lora,flora if nothing is said.")
+    ] = None,
     codecs: Annotated[
         str | None, typer.Option(help="Codecs of both ways, with commas between: float32,bfloat16,int8,int4.")
+    ] = None,
+    continual: Annotated[
+        str | None,
+        typer.Option(help="With tasks: ways to keep them apart, each with a method if wanted: sequential,o-lora:fedit"),
     ] = None,
     seeds: Annotated[int, typer.Option(help="How many seeds, from the scenario's on.", min=1)] = 3,
     out: Out = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any setting, of all methods or of one: --set ffa-lora:training.learning_rate=1e-2"),
+        typer.Option("--set", help="Any setting, of all rows or of one: --set ffa-lora:training.learning_rate=1e-2"),
     ] = None,
 ) -> None:
-    """Run several methods on several seeds; print and save a table with the local-only and centralised rows."""
+    """Run several methods on several seeds; print and save a table with the local-only and centralised rows.
+
+    With --continual the rows are ways to learn tasks one after another, and the table says what each of them forgot.
+    """
     from fedlora.config import METHOD_NAMES, load_config, with_method
+    from fedlora.display import Display
 
-    names = list(METHOD_NAMES) if methods.strip() == "all" else _names(methods)
+    if continual is not None and (methods is not None or codecs is not None):
+        other = "--methods" if methods is not None else "--codecs"
+        raise ConfigError(
+            f"--continual and {other} exclude each other: a row is a way, and brings its method as way:method, "
+            "e.g. --continual o-lora:fedit"
+        )
+    text = continual if continual is not None else methods if methods is not None else "fedit,ffa-lora,flora"
+    names = list(METHOD_NAMES) if continual is None and text.strip() == "all" else _names(text)
     if not names or len(set(names)) < len(names):
-        raise ConfigError(f"--methods needs one or more different names with commas between, got {methods!r}")
-    own = [s.partition(":") for s in sets or [] if ":" in s.partition("=")[0]]
-    shared = [s for s in sets or [] if ":" not in s.partition("=")[0]]
-    config = load_config(scenario, shared)
-    for name, _, _ in own:
-        if name not in names:
-            raise ConfigError(f"--set {name}:...: no method {name!r} is compared here; there are {methods}")
-    each = [
-        _with(with_method(config, n), [*wire, *(rest for name, _, rest in own if name == n)])
-        for n in names
-        for wire in ([_both_ways(n, c) for c in _names(codecs)] if codecs is not None else [[]])
-    ]
+        option = "methods" if continual is None else "continual"
+        raise ConfigError(f"--{option} needs one or more different names with commas between, got {text!r}")
+    own = [(name, s[len(name) + 1 :] if name else s) for s in sets or [] for name in [_row_of(s)]]
+    for name, _ in own:
+        if name and name not in names:
+            what = "method" if continual is None else "way"
+            raise ConfigError(f"--set {name}:...: no {what} {name!r} is compared here; there are {text}")
+    config = load_config(_shipped(scenario), [rest for name, rest in own if not name])
+    mine = {n: [rest for name, rest in own if name == n] for n in names}
 
-    from fedlora.report.compare import comparison_markdown
+    from fedlora.report.compare import comparison_markdown, ways_markdown
     from simulations.compare import compare as run_comparison
+    from simulations.compare import compare_ways, with_way
 
     folder = out or _next_folder("compare")
-    with _Display(config.rounds.count) as display:
-        rows = run_comparison(config, folder, methods=each, seeds=seeds, notify=display.hear)
-    console.print(comparison_markdown(rows), markup=False, soft_wrap=True)
-    console.print(f"Saved in {folder}: comparison.md, comparison.json, comparison.html, and every run's folder.")
+    if continual is not None:
+        ways = {n: _with(with_way(config, n), mine[n]) for n in names}
+        with Display(console, config) as display:
+            told = ways_markdown(compare_ways(config, folder, ways=ways, seeds=seeds, notify=display.hear))
+    else:
+        each = [
+            _with(with_method(config, n), [*wire, *mine[n]])
+            for n in names
+            for wire in ([_both_ways(n, c) for c in _names(codecs)] if codecs is not None else [[]])
+        ]
+        with Display(console, config) as display:
+            told = comparison_markdown(run_comparison(config, folder, methods=each, seeds=seeds, notify=display.hear))
+    console.print(told, markup=False, soft_wrap=True)
+    line = f"Saved in {folder}: comparison.md, comparison.json, comparison.html, and every run's folder."
+    console.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -174,12 +198,25 @@ def evaluate(
     personal: Annotated[
         bool, typer.Option(help="Each client's held-out rows: the global adapter, its own on top, and half of it.")
     ] = False,
+    without: Annotated[
+        str | None, typer.Option(help="With tasks: score all of them also without this one's adapter.")
+    ] = None,
     sets: Sets = None,
 ) -> None:
-    """Score the base and the tuned model on the same rows, group by group."""
+    """Score the base and the tuned model on the same rows, group by group, or task by task."""
     from fedlora.data import test_rows
 
     config, adapter = _tuned(run, model, sets)
+    if config.tasks:
+        if personal or data is not None:
+            raise ConfigError(
+                f"{run} has tasks, and each is scored on its own test rows: leave "
+                f"{'--personal' if personal else '--data'} out"
+            )
+        _tasks_table(config, run, without)
+        return
+    if without is not None:
+        raise ConfigError(f"--without {without}: {run} was trained without tasks, so there is none to leave out")
     if personal:
         if data is not None:
             raise ConfigError("--personal scores every client on its own held-out rows: leave --data out")
@@ -209,9 +246,63 @@ def evaluate(
     console.print(table)
 
 
+def _row_of(setting: str) -> str:
+    """The row that a setting of `compare` is for, before the last colon of its key; empty: all rows."""
+    return setting.partition("=")[0].rpartition(":")[0]
+
+
 def _both_ways(method: str, codec: str) -> list[str]:
     """A codec up and down; flexlora takes none down."""
     return [f"wire.up={codec}", *([f"wire.down={codec}"] if method != "flexlora" else [])]
+
+
+def _tasks_table(config: Any, run: Path, without: str | None) -> None:
+    """Scores by task and way of inference; with `without`, of the sums also after one task's adapter is taken out."""
+    from statistics import fmean
+
+    from simulations.inference import score_tasks
+
+    found = score_tasks(config, run, without=without)
+    heads = {
+        "summed": "all adapters",
+        "known": "task known",
+        "routed": "task found",
+        "open": "all classes",
+        "weighed": "weighed",
+    }
+    if config.model.task_type == "causal-lm":
+        del heads["open"]  # no classes: the same as all adapters
+    columns: list[tuple[str, Mapping[str, float], bool]] = [("base", found.base, False)]
+    for way, head in heads.items():
+        if way not in found.ways or (found.without is not None and way not in ("summed", "known")):
+            continue
+        columns.append((head, found.ways[way], False))
+        if found.without is not None:
+            less = found.without[way]
+            columns.append((f"without {without}", less, False))
+            columns.append(("change", {n: less[n] - found.ways[way][n] for n in less}, True))
+    if found.without is None and "routing" in found.ways:
+        columns.append(("routing", found.ways["routing"], False))
+    table = Table(
+        "task", *(Column(escape(head), justify="right") for head in ("rows", *(head for head, _, _ in columns)))
+    )
+    for name, rows in found.rows.items():
+        table.add_row(Text(name), str(rows), *(_share(column[name], signed) for _, column, signed in columns))
+    means = [_share(fmean(column.values()), signed) for _, column, signed in columns]
+    table.add_row("mean", "", *means, style="bold")
+    console.print(table)
+    if without is not None:
+        console.print(
+            f"Without {without}: its adapter is taken out of the sum, exactly; the others stay as they were trained, "
+            "those after it on top of it.",
+            markup=False,
+            soft_wrap=True,
+        )
+
+
+def _share(value: float, signed: bool) -> str:
+    """A share, or a difference of two in points."""
+    return f"{100 * value:+.1f}" if signed else f"{value:.1%}"
 
 
 def _personal_table(config: Any, run: Path) -> None:
@@ -234,11 +325,23 @@ def generate(
         list[str] | None, typer.Argument(help="What to ask; without it, some of the run's test rows.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="The base, if not the run's.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="With tasks: a name; `all`, every adapter at once; `auto`, the task that each prompt is most like "
+            "(if nothing is said, and it can be found)."
+        ),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
     sets: Sets = None,
 ) -> None:
     """Answer prompts with the base and with the tuned model, side by side (greedy)."""
     config, adapter = _tuned(run, model, sets)
+    if config.tasks:
+        _by_task(config, run, prompts or [], task, max_new_tokens)
+        return
+    if task is not None:
+        raise ConfigError(f"--task {task}: {run} was trained without tasks: leave it out")
     _side_by_side(config, adapter, prompts or [], max_new_tokens)
 
 
@@ -323,6 +426,19 @@ def _side_by_side(config: Any, adapter: Path, prompts: Sequence[str], max_new_to
     console.print(table)
 
 
+def _by_task(config: Any, run: Path, prompts: Sequence[str], task: str | None, max_new_tokens: int) -> None:
+    from simulations.inference import answers
+
+    said = answers(config, run, prompts, task=task, max_new_tokens=max_new_tokens)
+    rows = [] if prompts else ["right answer"]
+    table = Table("prompt", "task", "base", "tuned", *rows, show_lines=True)
+    for one in said:
+        found = f"{one.task}, not {one.of}" if one.of and one.task not in ("all", one.of) else one.task
+        cells = [one.prompt, found, one.base, one.tuned, *([one.right] if rows else [])]
+        table.add_row(*(Text(c) for c in cells))
+    console.print(table)
+
+
 def _attached(config: Any, folder: Path) -> tuple[Any, Callable[[], None], Callable[[], None]]:
     """(base, attach the tuned weights, attach none)."""
     from fedlora.adapter import Adapter
@@ -348,16 +464,34 @@ def _tuned(run: Path, model: str | None, sets: Sequence[str] | None) -> tuple[An
 
     options = _overrides({"model.name": model}, sets)
     if (run / "config.toml").is_file():
-        if not (run / "adapter").is_dir():
+        config = load_config(run / "config.toml", options)
+        if not config.tasks and not (run / "adapter").is_dir():  # tasks are read from the checkpoint
             raise ConfigError(
                 f"{run} has no adapter yet: the run has not ended. Go on with: fedlora simulate --resume {run}"
             )
-        return load_config(run / "config.toml", options), run / "adapter"
+        return config, run / "adapter"
     if (run / "adapter_config.json").is_file():
         if model is None:
             raise ConfigError(f"{run} is an adapter, not a run: say which base it is for with --model")
         return load_config(None, options), run
     raise ConfigError(f"{run} is neither a run folder (config.toml) nor a PEFT adapter folder (adapter_config.json)")
+
+
+def _shipped(scenario: Path | None) -> Path | None:
+    """The file as given; of a bare name that is no file here, the shipped scenario of that name.
+
+    Raises: ConfigError for a bare name without an ending that is neither, with those that there are.
+    """
+    if scenario is None or scenario.exists() or len(scenario.parts) > 1 or scenario.suffix not in ("", ".toml"):
+        return scenario
+    import simulations
+
+    folder = Path(next(iter(simulations.__path__))) / "scenarios"
+    found = folder / f"{scenario.stem}.toml"
+    if not found.is_file() and not scenario.suffix:
+        there = ", ".join(sorted(p.stem for p in folder.glob("*.toml")))
+        raise ConfigError(f"{scenario} is neither a file nor a shipped scenario; shipped are {there}")
+    return found if found.is_file() else scenario
 
 
 def _run_config(folder: Path) -> Any:
@@ -389,11 +523,12 @@ def _next_folder(name: str) -> Path:
     return Path("runs") / f"{max(taken, default=0) + 1:03d}-{name}"
 
 
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.1f} MB"
-
-
 def _print_result(result: Any) -> None:
+    from fedlora.display import megabytes
+
+    if result.stream is not None:
+        _print_stream(result)
+        return
     table = Table("", "exact match / accuracy", "loss", "up", "down", "seconds")
     for reference in result.references:
         table.add_row(
@@ -404,8 +539,8 @@ def _print_result(result: Any) -> None:
             "federated" if result.score is not None else "personal, each on its own rows",
             f"{result.score if result.score is not None else result.own:.1%}",
             "" if result.loss is None else f"{result.loss:.3f}",
-            _megabytes(result.bytes_up),
-            _megabytes(result.bytes_down),
+            megabytes(result.bytes_up),
+            megabytes(result.bytes_down),
             f"{result.seconds:.0f}",
             style="bold",
         )
@@ -418,82 +553,21 @@ def _print_result(result: Any) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
-class _Display:
-    """A live line for each round on a terminal; plain lines when piped."""
+def _print_stream(result: Any) -> None:
+    """What a run with tasks kept and lost, and what came of it."""
+    from fedlora.display import megabytes
+    from fedlora.report.log import read_log
+    from fedlora.report.stream import stream_table
 
-    def __init__(self, rounds: int) -> None:
-        self._rounds = rounds
-        self._live = console.is_terminal
-        self._bar = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("answers"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not self._live,
-        )
-        self._task = self._bar.add_task("starting", total=None)
-        self._clients = 0
-        self._answered = 0
-
-    def __enter__(self) -> _Display:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def hear(self, event: Mapping[str, Any]) -> None:
-        """One line or one step of the bar for what the run does."""
-        kind = event["event"]
-        if kind == "run":
-            self._say(f"-- {event['method']}, seed {event['seed']}")
-        elif kind == "start":
-            self._say(
-                f"{event['clients']} clients, {event['rounds']} rounds"
-                + (f", {event['done']} done before" if event["done"] else "")
-            )
-        elif kind == "round":
-            self._clients, self._answered = event["clients"], 0
-            total = self._rounds * max(1, self._clients)
-            done = (event["round"] - 1) * self._clients
-            self._bar.update(
-                self._task, description=f"round {event['round']}/{self._rounds}", total=total, completed=done
-            )
-        elif kind == "answer" and event["kind"] == "train":
-            self._bar.advance(self._task)
-        elif kind == "refused":
-            self._say(f"refused {event['client']}: {event['rule']}: {event['detail']}")
-        elif kind == "retry":
-            self._say(f"round {event['round']} is repeated: {event['reason']}")
-        elif kind == "note":
-            self._say(event["text"])
-        elif kind == "reference":
-            self._bar.update(self._task, description=f"{event['name']} (no federation), for comparison", total=None)
-            verb = "scoring" if event["name"] == "bare base" else "training"
-            self._say(f"{verb} for comparison: {event['name']}")
-        elif kind == "closed":
-            self._say(self._round_line(event["summary"]))
-
-    def _round_line(self, summary: Mapping[str, Any]) -> str:
-        parts = [f"round {summary['round']:>3}/{self._rounds}", f"{len(summary['clients'])} clients"]
-        measured = summary.get("evaluation", {})
-        final = measured.get("server", measured)
-        if "score" in final:
-            parts += [f"score {final['score']:.1%}", f"loss {final['loss']:.3f}"]
-        parts += [
-            f"up {_megabytes(summary['bytes_up'])}",
-            f"down {_megabytes(summary['bytes_down'])}",
-            f"{summary['seconds']:.1f} s",
-        ]
-        return "  ".join(parts)
-
-    def _say(self, line: str) -> None:
-        self._bar.console.print(line, markup=False, soft_wrap=True)
+    console.print(f"\n{stream_table(read_log(result.folder))}", markup=False, soft_wrap=True)
+    made = {"adapter": "all tasks", "tasks": "an adapter for each"}  # a way that trains none writes none
+    for line in (
+        f"sent:    {megabytes(result.bytes_up)} up, {megabytes(result.bytes_down)} down, in {result.seconds:.0f} s",
+        *(f"{n + ':':9}{result.folder / n} ({what})" for n, what in made.items() if (result.folder / n).is_dir()),
+        f"report:  {result.folder / 'report.html'}",
+        f"try:     fedlora {result.next_command}",
+    ):
+        console.print(line, markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ _OF_A_TASK: Final = (
     "training.",
     "method.",
     "rounds.count",
-    "rounds.fraction",
     "continual.task_dim",
 )  # settings that a task may have for itself
 FLOWER_ONLY: Final[Mapping[str, Scalar]] = {
@@ -135,7 +134,8 @@ _READ_BY: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 }  # settings of a kind of thing: the setting that names the kind, and the kinds that read them
 
 
-_FROZEN_A: Final = ("fed-sb", "ffa-lora")
+_FROZEN_A: Final = ("fed-sb", "fedsvd", "ffa-lora")
+_RESERVED: Final = {"all", "all-tasks", "auto"}
 _TASK_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 
@@ -418,8 +418,10 @@ class ContinualConfig(_Section):
         description="subspace, input-aware: dimensions of a task's subspace; None: the largest client rank where A is "
         "frozen, four times that where it is trained",
     )
-    energy: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.95, description="input-aware: share of the squared norm of old inputs that new tasks keep off"
+    floor: Annotated[float, Field(gt=0)] = Field(
+        0.01,
+        description="input-aware: what old inputs are taken to have along every direction, beside what they have on "
+        "average; small: keep off whatever they touch",
     )
     sketch: Positive | None = Field(
         None, description="input-aware: columns of the sketch of each input that a client sends; None: 64"
@@ -435,6 +437,11 @@ class ContinualConfig(_Section):
     )
     rank: Positive | None = Field(
         None, description="rank that a finished task is cut to, with the loss reported; None: nothing is lost"
+    )
+    effects: bool = Field(
+        False,
+        description="clients sketch their inputs under every method, so that the report can say what a new task does "
+        "to inputs of old ones",
     )
     routing: bool = Field(
         True, description="clients sum the frozen base's features by class, so that inputs find tasks"
@@ -462,7 +469,7 @@ class RunConfig(_Section):
     tasks: tuple[dict[str, str], ...] = Field(
         (),
         description="tasks in order, each a table: name, and what is its own of data, training, method, rounds.count, "
-        "rounds.fraction, continual.task_dim; start, clients, rank",
+        "continual.task_dim; start, clients, rank",
     )
 
     @field_validator("tasks", mode="before")
@@ -660,6 +667,8 @@ def _continual_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], s
                 yield (f"continual.{key}", "tasks"), f"needs tasks, and there are none; got {shown(getattr(way, key))}"
         return
     names = [task.get("name", "") for task in tasks]
+    for task_name in sorted(set(names) & _RESERVED):
+        yield ("tasks",), f"{task_name} is what `--task` calls all tasks, or the one found: name the task otherwise"
     for task_name in sorted({n for n in names if not _TASK_NAME.fullmatch(n) or names.count(n) > 1}):
         yield (
             ("tasks",),
@@ -674,11 +683,11 @@ def _continual_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], s
                     f"{task.get('name')}: {key} is no setting of a task; there are {', '.join(TASK_KEYS)}, and those "
                     f"that begin with {', '.join(_OF_A_TASK)}",
                 )
-        for key in ("start", "rank"):
+        for key in ("start", "rank", "continual.task_dim"):
             if key in task and not (task[key].isdecimal() and int(task[key]) > 0):
                 yield ("tasks",), f"{task.get('name')}: {key} must be a whole number from 1 on, got {shown(task[key])}"
     for key, value, methods in (
-        ("task_dim", way.task_dim, ("subspace", "input-aware")),
+        ("task_dim", way.task_dim or _first(tasks, "continual.task_dim"), ("subspace", "input-aware")),
         ("sketch", way.sketch, ("input-aware",)),
         ("penalty", way.penalty, ("o-lora", "ewc")),
         ("penalty_form", way.penalty_form, ("o-lora",)),
@@ -689,18 +698,13 @@ def _continual_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], s
                 (f"continual.{key}", "continual.method"),
                 f"belongs to {', '.join(methods)}; the method is {way.method} and got {shown(value)}",
             )
-    if name == "fedsa-lora":
-        yield ("tasks", "method.name"), "fedsa-lora's B stays with the clients, so no task could be sealed: use another"
-    if way.method == "o-lora" and name in _FROZEN_A:
+    trained_by = sorted({task.get("method.name", name) for task in tasks})
+    for method in trained_by:
+        yield from _way_conflicts(way.method, method)
+    if way.method in ("sequential", "replay", "ewc") and len(trained_by) > 1:
         yield (
             ("continual.method", "method.name"),
-            f"o-lora is a penalty on A, and {name} freezes A: it would be a constant. Use subspace or input-aware, or "
-            "a method that trains A, such as fedit",
-        )
-    if way.method == "ewc" and name not in ("fedit", "ffa-lora"):
-        yield (
-            ("continual.method", "method.name"),
-            f"ewc holds the entries of one pair that goes on from task to task, as fedit and ffa-lora have: got {name}",
+            f"under {way.method} one pair goes on from task to task, so all have one: got {', '.join(trained_by)}",
         )
     if config.attack.kind != "none":
         yield ("attack.kind", "tasks"), f"no simulated attack is made for runs with tasks: got {config.attack.kind}"
@@ -710,6 +714,27 @@ def _continual_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], s
         yield ("personal.steps", "tasks"), "local adapters come after a run of one task: leave it at 0"
     if config.training.optimizer_state == "keep":
         yield ("training.optimizer_state", "tasks"), "a new task begins with new moments: use fresh"
+
+
+def _way_conflicts(way: str, name: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Why a method cannot train a task under this way."""
+    if name == "fedsa-lora":
+        yield ("tasks", "method.name"), "fedsa-lora's B stays with the clients, so no task could be sealed: use another"
+    if way == "o-lora" and name in _FROZEN_A:
+        yield (
+            ("continual.method", "method.name"),
+            f"o-lora is a penalty on A, and {name} freezes A: it would be a constant. Use subspace or input-aware, or "
+            "a method that trains A, such as fedit",
+        )
+    if way == "ewc" and name not in ("fedit", "ffa-lora"):
+        yield (
+            ("continual.method", "method.name"),
+            f"ewc holds the entries of one pair that goes on from task to task, as fedit and ffa-lora have: got {name}",
+        )
+
+
+def _first(tasks: Sequence[Mapping[str, str]], key: str) -> str | None:
+    return next((task[key] for task in tasks if key in task), None)
 
 
 def load_config(

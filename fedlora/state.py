@@ -97,10 +97,11 @@ class Block:
 
 @dataclass(frozen=True, kw_only=True)
 class Subspace:
-    """Where every A of a task lies: `A = M N` with N `[dim, in]`, orthonormal rows, for each module.
+    """Where every A of a task lies: `A = M N` with N `[dim, in]`, independent rows, for each module.
 
     With a `seed` N is public: rows `start` to `start + dim` of the orthonormal basis of that module from the public
-    generator, which every client makes by itself. Without one N was designed, and travels as `N:` arrays.
+    generator, which every client makes by itself. Without one N was designed, and travels as `N:` arrays; its rows
+    are then of the lengths that suit its inputs.
     """
 
     dim: int
@@ -303,13 +304,15 @@ class Measure:
     `sketch:input` `[in, sketch]`, the mean of x x^T Omega over the tokens' inputs x of every `Layout.inputs`, with
     Omega from `public_normal(seed, "sketch", input, shape=(in, sketch))`, and `energy:input` `[1]`, the mean of |x|^2;
     `feature:sum` `[classes, features]` and `feature:count` `[classes]`: features of the bare base by label (one class
-    for rows without labels), each scaled to norm 1; `fisher-A:module`, `fisher-B:module`: the sum over at most `fisher`
-    rows of the squared gradient of that row's loss, by entry of the ask's `A:` and `B:`.
+    for rows without labels), each scaled to norm 1, and with `columns` `feature:sketch` `[features, columns]`, the sum
+    of f f^T Omega (`fedlora.continual.router.omega`); `fisher-A:module`, `fisher-B:module`: the sum over at most
+    `fisher` rows of the squared gradient of that row's loss, by entry of the ask's `A:` and `B:`.
     """
 
     sketch: int = 0
     seed: int = 0
     classes: int = 0  # 0: no features
+    columns: int = 0  # of the sketch of features
     fisher: int = 0
 
 
@@ -375,6 +378,8 @@ def expected_arrays(ask: Ask, layout: Layout) -> dict[str, tuple[int, ...]]:
     if ask.measure.classes:
         shapes["feature:sum"] = (ask.measure.classes, layout.features)
         shapes["feature:count"] = (ask.measure.classes,)
+        if ask.measure.columns:
+            shapes["feature:sketch"] = (layout.features, ask.measure.columns)
     if ask.measure.fisher:
         shapes |= {f"fisher-{key}": x.shape for key, x in ask.arrays.items() if key[:2] in ("A:", "B:")}
     return shapes

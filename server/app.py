@@ -16,8 +16,8 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.code import require_one_checkout
-from fedlora.config import RunConfig, differences, load_config, to_toml
-from fedlora.continual.tasks import rounds_in_all
+from fedlora.config import RunConfig, differences, load_config, task_config, to_toml
+from fedlora.continual.tasks import rounds_in_all, task_names
 from fedlora.errors import ConfigError
 from server.checkpoint import write_atomic
 from server.evaluate import TasksEvaluator
@@ -46,7 +46,8 @@ def main(grid: Grid, context: Context) -> None:
         require_same_settings(folder, config)
     else:
         open_run(folder, config)
-    run(grid, config, folder, evaluator=own_evaluator(config), notify=_print)
+    one, several = own_evaluators(config)
+    run(grid, config, folder, evaluator=one, notify=_print, tasks_evaluator=several)
 
 
 def require_same_settings(folder: Path, config: RunConfig) -> None:
@@ -90,24 +91,30 @@ def run(
     return release(folder, conductor.conduct(), config, run=name, rounds=rounds_in_all(config))
 
 
-def own_evaluator(config: RunConfig) -> Evaluator | None:
-    """The server's evaluator, if the settings give it test rows; loads the base."""
-    if not config.evaluation.server:
-        return None
-    from fedlora.base import load_base
-    from fedlora.data import test_rows
-    from fedlora.data.prompt import prompt_format
-    from fedlora.data.report import tell
-    from server.evaluate import TestRows
+def own_evaluators(config: RunConfig) -> tuple[Evaluator | None, TasksEvaluator | None]:
+    """The server's evaluator of a run without tasks, or of one with tasks, if the settings give it test rows.
 
-    rows = test_rows(config)
-    if not rows:
-        return None
+    Loads the base. Raises: ConfigError if some tasks have test rows and others have none.
+    """
+    if not config.evaluation.server:
+        return None, None
+    from fedlora.base import load_base
+    from server.evaluate import TaskRows, TestRows, test_tokens
+
+    names = task_names(config)
     base = load_base(config.model)
-    form = prompt_format(config, base.tokenizer)
-    encoded, left_out = form.encode(rows)
-    tell(left_out, "test rows")
-    return TestRows(base, encoded, batch_size=config.evaluation.batch_size)
+    rows = {name: test_tokens(task_config(config, name), base) for name in names or ("",)}
+    without = [name for name, some in rows.items() if not some]
+    if len(without) == len(rows):
+        return None, None
+    if without:
+        raise ConfigError(
+            f"tasks: {', '.join(without)} have no test rows and others do; set data.test of all, or of none"
+        )
+    size = config.evaluation.batch_size
+    if names:
+        return None, TaskRows(base, rows, config, batch_size=size)
+    return TestRows(base, rows[""], batch_size=size), None
 
 
 def _print(event: dict[str, Any]) -> None:

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from fedlora.adapter import Array
 from fedlora.config import RunConfig
-from fedlora.continual.prototypes import Prototypes
+from fedlora.continual.router import fit, nearest_class
+from fedlora.continual.router import task_names as seen_tasks
 from fedlora.state import Ask, Block, GlobalState, PublicPair, keyed
 from fedlora.wire import blocks_id
 from strategies.ffa_lora import checksum
-from strategies.streams import PROTOTYPES, blocks_known, blocks_of, head_of, joint_head
+from strategies.streams import FEATURES, blocks_known, blocks_of, head_of, joint_head
 
 if TYPE_CHECKING:
     from fedlora.base import Base
@@ -48,6 +49,23 @@ class TestRows:
             blocks += (Block(adapter=pair.folded(), born=state.version),)
         attach(self._base, blocks, blocks_id(blocks), None, state.open_task.extras)
         return score(self._base, self._rows, batch_size=self._batch_size)
+
+
+def test_tokens(config: RunConfig, base: Base) -> list[TokenRow]:
+    """The server's test rows of one run or task as tokens; empty if the settings give none. Raises: DataError."""
+    from fedlora.data import test_rows
+    from fedlora.data.prompt import prompt_format
+    from fedlora.data.report import tell
+
+    rows = test_rows(config)
+    if not rows:
+        return []
+    encoded, left_out = prompt_format(config, base.tokenizer).encode(rows)
+    tell(left_out, "test rows")
+    return encoded
+
+
+test_tokens.__test__ = False  # type: ignore[attr-defined]  # not a pytest function
 
 
 def evaluation_ask(state: GlobalState) -> Ask:
@@ -101,8 +119,9 @@ class TaskRows:
 
     Ways of inference. `summed`: all adapters at once, the task known for its head and classes alone. `known`: what the
     task was sealed with, its adapter on top of those before it. `open`: all adapters, one head, all classes compete.
-    `routed`: the task whose prototype is nearest to the frozen base's feature decides adapters and head; `routing` is
-    the share of rows whose task was found.
+    `weighed`: the same, but each task's classes weigh as much as the task is likely by the router, which sees the
+    frozen base's features alone. `routed`: the likeliest task decides adapters and head; `routing` is the share of rows
+    whose task was found.
     """
 
     __test__ = False  # not a pytest class
@@ -130,13 +149,9 @@ class TaskRows:
         everything = blocks_of(state, state.tasks.values())
         head = joint_head(state, self._config)
         found: dict[str, dict[str, dict[str, float]]] = {
-            "summed": {},
-            "known": {},
-            "open": {},
-            "routed": {},
-            "routing": {},
+            key: {} for key in ("summed", "known", "open", "weighed", "routed", "routing")
         }
-        routes = self._routes(state)
+        beliefs = self._beliefs(state)
         for name in names:
             rows = self._rows[name]
             if way == "nearest-mean":
@@ -150,22 +165,48 @@ class TaskRows:
                 found["summed"][name] = _share(self._score(everything, head_of(state, name, self._config), rows))
                 opened = self._score(everything, head, rows)
                 found["open"][name] = _share(opened, "correct_open" if "correct_open" in opened else "correct")
-            if routes is not None:
-                to, right = routes[name], 0.0
-                for other in sorted(set(to)):
-                    some = [rows[int(i)] for i in np.flatnonzero(to == other)]
-                    allowed = self._rows[other][0].choices
-                    moved = [
-                        replace(row, choices=allowed)
-                        for row in some
-                        if row.label is None or allowed is None or row.label in allowed
-                    ]
-                    if moved:
-                        sums = self._score(blocks_known(state, other, way), head_of(state, other, self._config), moved)
-                        right += sums["correct"]
-                found["routed"][name] = {"score": right / len(rows), "counted": float(len(rows))}
-                found["routing"][name] = {"score": float(np.mean(to == name)), "counted": float(len(rows))}
+            if beliefs is None:
+                continue
+            tasks, likely = beliefs[0], beliefs[1][name]
+            if way != "separate" and rows[0].choices is not None:
+                found["weighed"][name] = self._weighed(everything, head, rows, tasks, likely)
+            to, right = np.array(tasks)[likely.argmax(1)], 0.0
+            for other in sorted(set(to)):
+                moved = self._as_of(other, [rows[int(i)] for i in np.flatnonzero(to == other)])
+                if moved:
+                    sums = self._score(blocks_known(state, other, way), head_of(state, other, self._config), moved)
+                    right += sums["correct"]
+            found["routed"][name] = {"score": right / len(rows), "counted": float(len(rows))}
+            found["routing"][name] = {"score": float(np.mean(to == name)), "counted": float(len(rows))}
         return {name: tasks for name, tasks in found.items() if tasks}
+
+    def _as_of(self, task: str, rows: Sequence[TokenRow]) -> list[TokenRow]:
+        """The rows as rows of `task`; those whose class the task does not have cannot be right, and are left out."""
+        choices = self._rows[task][0].choices
+        there = [row for row in rows if row.label is None or choices is None or row.label in choices]
+        return [replace(row, choices=choices) for row in there]
+
+    def _weighed(
+        self,
+        blocks: tuple[Block, ...],
+        head: Mapping[str, Array],
+        rows: Sequence[TokenRow],
+        tasks: Sequence[str],
+        likely: NDArray[np.float64],
+    ) -> dict[str, float]:
+        """All classes compete, each with its share among its task's classes times how likely the task is."""
+        from fedlora.evaluation.score import all_logits
+        from fedlora.training.attach import attach
+
+        attach(self._base, blocks, blocks_id(blocks), None, head)
+        logits = all_logits(self._base, rows, batch_size=self._batch_size).astype(np.float64)
+        shares = np.zeros(logits.shape)
+        for i, task in enumerate(tasks):
+            own = list(self._rows[task][0].choices or range(logits.shape[1]))
+            raised = np.exp(logits[:, own] - logits[:, own].max(1, keepdims=True))
+            shares[:, own] += likely[:, i, None] * raised / raised.sum(1, keepdims=True)
+        labels = np.array([row.label for row in rows])
+        return {"score": float(np.mean(shares.argmax(1) == labels)), "counted": float(len(rows))}
 
     def _score(
         self, blocks: tuple[Block, ...], head: Mapping[str, Array], rows: Sequence[TokenRow]
@@ -184,27 +225,24 @@ class TaskRows:
             self._features[name] = features(self._base, self._rows[name], batch_size=self._batch_size)
         return self._features[name]
 
-    def _routes(self, state: GlobalState) -> dict[str, NDArray[np.str_]] | None:
-        """The task that each row is taken to be of; None where nothing was summed, or there is one task."""
-        saved = state.memory.get(PROTOTYPES)
-        if saved is None or self._config.continual.method in ("nearest-mean", "joint"):
+    def _beliefs(self, state: GlobalState) -> tuple[tuple[str, ...], dict[str, NDArray[np.float64]]] | None:
+        """The tasks in the router's order, and by test set how likely each row is of each `[n, tasks]`; None where
+        nothing was summed, or there is one task."""
+        saved = state.memory.get(FEATURES, {})
+        if len(seen_tasks(saved)) < 2 or self._config.continual.method in ("nearest-mean", "joint"):
             return None
-        prototypes = Prototypes.from_arrays(saved)
-        if len(prototypes.names) < 2:
-            return None
-        return {n: np.array(prototypes.names)[prototypes.routed(self._of(n))[0]] for n in self._rows}
+        router = fit(saved, self._config.seed)
+        return router.names, {n: router.routed(self._of(n))[1] for n in self._rows}
 
     def _nearest(self, state: GlobalState, name: str) -> dict[str, float]:
         """Nearest class mean: among the task's own classes, and among all."""
-        rows = self._rows[name]
+        rows, saved = self._rows[name], state.memory.get(FEATURES, {})
         counted = float(len(rows))
-        saved = state.memory.get(PROTOTYPES)
-        if saved is None or name not in state.tasks:
+        if name not in seen_tasks(saved):
             return {"counted": counted, "correct": 0.0, "correct_open": 0.0}
-        prototypes, found = Prototypes.from_arrays(saved), self._of(name)
         labels = np.array([row.label for row in rows])
         right = {
-            key: float(np.sum(prototypes.nearest_class(found, allowed) == labels))
+            key: float(np.sum(nearest_class(saved, self._of(name), allowed) == labels))
             for key, allowed in (("correct", rows[0].choices), ("correct_open", None))
         }
         return {"counted": counted, **right}

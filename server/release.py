@@ -12,7 +12,7 @@ from fedlora.adapter import Adapter, Array
 from fedlora.code import code_digest
 from fedlora.composition import compacted
 from fedlora.config import RunConfig
-from fedlora.state import GlobalState, zero_adapter
+from fedlora.state import GlobalState
 from server.checkpoint import write_atomic
 from strategies.base import get
 from strategies.streams import blocks_of, joint_head, sealed_in_order
@@ -23,6 +23,7 @@ def release(folder: Path, state: GlobalState, config: RunConfig, *, run: str, ro
 
     Of a run with tasks `adapter/` is the sum of all with one head for all classes, and `tasks/NAME/` each task's own
     adapter with its own head; W0 with the adapters of a task and of those sealed before it is what it was trained as.
+    Where one pair goes on from task to task the last has it; where nothing was trained there is no folder.
     """
     from fedlora.peft_bridge import save_adapter  # peft brings torch, which a server that only aggregates may lack
 
@@ -40,10 +41,13 @@ def release(folder: Path, state: GlobalState, config: RunConfig, *, run: str, ro
         return folder / where
 
     if config.tasks:
-        written = [save("adapter", compacted([state.update()]), joint_head(state, config))]
-        for task in sealed_in_order(state):
-            own = [b.adapter for b in blocks_of(state, [task])] or [zero_adapter(state.layout, 0)]
-            written.append(save(f"tasks/{task.name}", compacted(own), task.extras))
+        parts = {
+            f"tasks/{t.name}": ([b.adapter for b in blocks_of(state, [t])], t.extras) for t in sealed_in_order(state)
+        }
+        parts = {"adapter": ([state.update()], joint_head(state, config)), **parts}
+        small = {where: (compacted(own), head) for where, (own, head) in parts.items() if own}
+        # PEFT has no adapter of rank 0
+        written = [save(where, own, head) for where, (own, head) in small.items() if any(own.ranks.values())]
     else:
         shared = method.released(state)
         # a personal method's B is zero: its A is what is shared
@@ -65,4 +69,4 @@ def release(folder: Path, state: GlobalState, config: RunConfig, *, run: str, ro
         "code": {"fedlora": version("fedlora"), "digest": code_digest()},
     }
     write_atomic(folder / "manifest.json", (json.dumps(manifest, indent=2, sort_keys=True) + "\n").encode())
-    return written[0]
+    return folder / "adapter"

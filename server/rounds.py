@@ -242,15 +242,16 @@ class Conductor:
                 why = "; ".join(_say(r) for r in tally.refused[-3:])
                 raise RoundFailed(
                     f"round {cohort.round}: {len(told_now)} of {len(asks)} clients answered, the quorum is {quorum} "
-                    f"(the last refusals: {why})."
+                    f"(the last refusals: {why}). Bring the clients back, or begin a new run with a lower "
+                    "rounds.quorum."
                 )
             told += _of_tasks(told_now, asks) if kind == "train" and (self._legs or not told) else []
         raise AssertionError("unreachable: the loop returns or raises")
 
     def _paused(self, number: int, why: str) -> RoundFailed:
         return RoundFailed(
-            f"{why} The run pauses after round {number - 1}, whose state is in {self._checkpoints}. Bring the clients "
-            "back and resume the run; only a new run can have a lower rounds.quorum."
+            f"{why} The run pauses after round {number - 1}, whose state is in {self._checkpoints}. Mend that, then "
+            "resume the run; other settings need a new one."
         )
 
     def _evaluate(

@@ -24,6 +24,7 @@ from fedlora.data.rows import TokenRow
 from fedlora.errors import ConfigError, DataError
 from fedlora.report.html import write_report
 from fedlora.report.log import RunLog, read_log
+from fedlora.report.stream import Stream, stream_of
 from server.app import run
 from server.evaluate import TaskRows, TestRows
 from simulations.attacks import hostile
@@ -41,14 +42,16 @@ class Result:
     """What a run came to, at its last round."""
 
     folder: Path
-    score: float | None  # of the server's test rows, or without any (or under a personal method) as `own`
-    own: float | None  # of the clients' held-out rows, each client its own
-    loss: float | None
+    score: float | None  # of the server's test rows, or without any (or under a personal method) as `own`; with tasks
+    # the average accuracy after the last was sealed
+    own: float | None  # of the clients' held-out rows, each client its own; None with tasks
+    loss: float | None  # None with tasks
     bytes_up: int
     bytes_down: int
     seconds: float
     references: tuple[Reference, ...]
     next_command: str  # what a person may want to type next, after `fedlora`
+    stream: Stream | None = None  # what was kept and lost, of a run with tasks
 
 
 def simulate(
@@ -69,9 +72,14 @@ def simulate(
     grid = LocalGrid(app, clients=config.rounds.clients, run_config=flat(config), memory=folder / "clients")
     run(grid, config, folder, evaluator=evaluator, notify=notify, tasks_evaluator=scorer)
     log = RunLog(folder)
-    rounds = [e for e in read_log(folder) if e["event"] == "round"]
-    last: dict[str, Any] = next((e["evaluation"] for e in reversed(rounds) if "evaluation" in e), {})
+    events = read_log(folder)
+    rounds, stream = [e for e in events if e["event"] == "round"], stream_of(events)
+    last: dict[str, Any] = {}
+    if stream is None:
+        last = next((e["evaluation"] for e in reversed(rounds) if "evaluation" in e), {})
     final = last.get("server", {} if test and get(config.method.name).personal else last)
+    if stream is not None and (found := stream.measured()) is not None:
+        final = {"score": found.average_accuracy}
     seconds = time.monotonic() - started
     end: dict[str, Any] = {
         "event": "end",
@@ -107,7 +115,8 @@ def simulate(
         bytes_down=sum(e["bytes_down"] for e in rounds),
         seconds=sum(e["seconds"] for e in rounds),
         references=tuple(made),
-        next_command=_next(config, folder, test),
+        next_command=_next(config, folder, test) if stream is None else _next_of_tasks(config, folder, stream),
+        stream=stream,
     )
 
 
@@ -139,6 +148,14 @@ def _next(config: RunConfig, folder: Path, test: Sequence[TokenRow]) -> str:
     if config.model.task_type == "causal-lm":
         return f"generate {folder}" if test else f'generate {folder} "your prompt"'
     return f"evaluate {folder}" if test else f"evaluate {folder} --data FILE"
+
+
+def _next_of_tasks(config: RunConfig, folder: Path, stream: Stream) -> str:
+    scored = bool(stream.inference)  # there are test rows of the server
+    if config.model.task_type != "causal-lm":
+        return f"evaluate {folder}" if scored else f"report {folder}"
+    asked = f"generate {folder}" if scored else f'generate {folder} "your prompt"'
+    return f"{asked} --task {'auto' if 'routing' in stream.inference else 'all'}"
 
 
 def check(config: RunConfig) -> None:

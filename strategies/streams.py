@@ -30,7 +30,6 @@ their federation by summed sketches and subspaces of coordinates is ours.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
@@ -41,9 +40,9 @@ from numpy.typing import NDArray
 from fedlora.adapter import Adapter, Array, norm, stack
 from fedlora.config import MethodConfig, RunConfig, local_training, task_config
 from fedlora.continual.capacity import allot
-from fedlora.continual.design import contrast, held, second_moment, span
-from fedlora.continual.overlap import product_overlap, random_overlap, row_overlap, row_spaces
-from fedlora.continual.prototypes import Prototypes, from_sums, joined
+from fedlora.continual.design import design, second_moment, span
+from fedlora.continual.overlap import product_overlap, random_overlap, row_overlap, row_spaces, similarities
+from fedlora.continual.router import added
 from fedlora.continual.tasks import JOINT, ONE_PAIR, Leg, legs
 from fedlora.errors import MethodError
 from fedlora.rng import public_normal, public_orthonormal, stream
@@ -65,26 +64,26 @@ from strategies.blocks import as_float32, bounded_svd, canonical
 from strategies.configured import configured
 
 __all__ = [
+    "FEATURES",
     "HEAD",
     "INPUTS",
     "ONE_PAIR",
-    "PROTOTYPES",
     "blocks_known",
     "blocks_of",
     "head_of",
+    "joint_head",
     "sealed_in_order",
     "streamed",
 ]
 
 HEAD = "stream:head"  # owners in GlobalState.memory: the head that every task starts from
 INPUTS = "stream:inputs"  # by input, the orthonormal rows [k, in] of what old tasks' inputs use
-PROTOTYPES = "stream:prototypes"
+FEATURES = "stream:features"  # sums of features by class and their sketch, see fedlora/continual/router.py
 _MEMBERS = "stream:members"
 _EWC = "stream:ewc"
 _SUBSPACES = ("subspace", "input-aware")
-_FROZEN = ("ffa-lora", "fed-sb")
-_SKETCH, _O_LORA, _EWC_WEIGHT, _FISHER_ROWS = 64, 0.5, 100.0, 64
-FLOOR = float(os.environ.get("XFLOOR", "1.0"))
+_FROZEN = ("fed-sb", "fedsvd", "ffa-lora")
+_SKETCH, _COLUMNS, _O_LORA, _EWC_WEIGHT, _FISHER_ROWS = 64, 128, 0.5, 100.0, 64
 _TINY = 1e-30  # divides nothing by zero
 
 T = TypeVar("T")
@@ -223,6 +222,7 @@ class _Stream:
             task = replace(last, name=leg.name, sealed=False, statistics={})
             tasks[last.name] = replace(last, pair=None, blocks=())
             memory = _owned(state, last.name)
+            state = _with_owned(state, last.name, {})
         elif self._way == "nearest-mean":
             task = Task(name=leg.name)
         else:
@@ -262,8 +262,15 @@ class _Stream:
         for name, moment in found.items():
             own = [t.basis[name] for t in state.tasks.values() if name in t.basis]
             avoid = span(np.concatenate([np.zeros((0, len(moment[0]))), *own]), 1e-7)
-            old = before.get(name, (np.zeros((len(moment[0]), 0)), np.zeros(0), 0.0))
-            made[name] = contrast(dim, moment, old, avoid, floor=FLOOR)
+            made[name] = design(
+                dim,
+                moment,
+                before.get(name),
+                avoid,
+                floor=self._config.continual.floor,
+                seed=self._config.seed,
+                name=f"task {leg.name}, {name}",
+            )
         return Subspace(dim=dim), {n: made[m.shares or n] for n, m in layout.modules.items()}
 
     def _dim(self, state: GlobalState, leg: Leg) -> int:
@@ -302,13 +309,13 @@ class _Stream:
         )
         under = () if self._way == "separate" else blocks_of(state, sealed_in_order(state))
         expand = _Expand(task)
-        extra = self._extra(state, leg, task)
+        extra, anchors = self._extra(task), state.memory.get(_EWC, {})
         protocol = self._inner[leg.name].protocol(view, inner)
         asks = next(protocol)
         while True:
             try:
                 asks = protocol.send(
-                    (yield {c: self._led(ask, leg, task, under, expand, extra) for c, ask in asks.items()})
+                    (yield {c: self._led(ask, leg, task, under, expand, extra, anchors) for c, ask in asks.items()})
                 )
             except StopIteration as end:
                 closed: Closed = end.value
@@ -325,6 +332,7 @@ class _Stream:
         under: tuple[Block, ...],
         expand: _Expand,
         extra: Mapping[str, Array],
+        anchors: Mapping[str, Array],
     ) -> Ask:
         """A method's ask as the client gets it: with the sealed tasks, in its subspace, under the way's penalty."""
         plan = ask.plan
@@ -335,8 +343,9 @@ class _Stream:
                 overlap=self._config.continual.penalty or _O_LORA,
                 overlap_form=self._config.continual.penalty_form or "absolute",
             )
-        if plan is not None and self._way == "ewc" and any(k.startswith("anchor-") for k in extra):
+        if plan is not None and anchors:
             plan = replace(plan, anchor=self._config.continual.penalty or _EWC_WEIGHT)
+            extra = {**extra, **_anchors_at(anchors, plan.scale)}
         return replace(
             ask,
             task=leg.name,
@@ -347,20 +356,14 @@ class _Stream:
             arrays={**ask.arrays, **extra},
         )
 
-    def _extra(self, state: GlobalState, leg: Leg, task: Task) -> dict[str, Array]:
-        """What the asks of a task carry beyond its method's: its basis or a checksum of it, and anchors."""
+    def _extra(self, task: Task) -> dict[str, Array]:
+        """What the asks of a task carry beyond its method's: its basis, or a checksum of it."""
         arrays: dict[str, Array] = {}
         if task.subspace is not None and task.subspace.seed is None:
             arrays |= keyed("N", task.basis)
         elif task.subspace is not None:
             sums = {n: rows_checksum(task.subspace, n, basis) for n, basis in task.basis.items()}
             arrays |= keyed("probe", {f"N/{n}": x for n, x in sums.items()})
-        kept = state.memory.get(_EWC, {})
-        for key, fisher in kept.items():
-            of, _, name = key.partition("-")
-            if of == "fisher":
-                arrays[key] = fisher.astype(np.float32)
-                arrays[f"anchor-{name}"] = (kept[f"moment-{name}"] / np.maximum(fisher, _TINY)).astype(np.float32)
         return arrays
 
     # -- a task ends
@@ -376,26 +379,28 @@ class _Stream:
         memory = {k: v for k, v in state.memory.items() if not k.startswith(_owner(leg.name)) or self._way in ONE_PAIR}
         task = replace(task, sealed=True, statistics={"sealed": order, "round": float(cohort.round), **report})
         state = replace(state, tasks={**state.tasks, leg.name: task}, memory=memory)
-        inputs = self._way == "input-aware" and leg is not self._legs[-1]
+        way = self._config.continual
+        inputs = way.effects or (self._way == "input-aware" and leg.last < max(other.last for other in self._legs))
         features = (self._config.continual.routing and leg.name != JOINT) or self._way == "nearest-mean"
         if inputs or features:
             found, sums = yield from self._measured(state, leg, cohort, inputs=inputs, features=features)
             if inputs:
+                before = self._old_inputs(state)
+                if before and task.blocks:
+                    report["effect_on_old"] = _effect_on_old(task, found, before, state.layout)
                 kept = dict(state.memory.get(INPUTS, {}))
                 for name in state.layout.inputs():
                     energy = sums[f"energy:{name}"]
                     for key in (f"sketch:{name}", f"energy:{name}"):
                         kept[key] = kept.get(key, 0.0) + sums[key] / energy
                 state = _remembering(state, INPUTS, kept)
-                told = [held(vectors.T, vectors, values, energy) for vectors, values, energy in found.values()]
+                told = [float(values.sum()) / energy for _, values, energy in found.values()]
                 report["inputs_seen"] = float(np.mean(told))  # share of the energy that the sketch holds at all
             if features:
-                own = from_sums(
-                    leg.name, sums["feature:sum"], sums["feature:count"], labelled=bool(leg.config.model.labels)
-                )
-                saved = state.memory.get(PROTOTYPES)
-                whole = own if saved is None else joined([Prototypes.from_arrays(saved), own])
-                state = _remembering(state, PROTOTYPES, whole.to_arrays())
+                labelled = bool(leg.config.model.labels)
+                found_sums, counts, sketch = (sums[f"feature:{key}"] for key in ("sum", "count", "sketch"))
+                kept = added(state.memory.get(FEATURES, {}), leg.name, found_sums, counts, sketch, labelled=labelled)
+                state = _remembering(state, FEATURES, kept)
         if self._way == "ewc":
             state = yield from self._anchored(state, leg, cohort)
         return state, report
@@ -409,9 +414,10 @@ class _Stream:
         size = self._config.continual.sketch or _SKETCH
         size = min(size, *widths.values()) if inputs else 0
         classes = max(1, len(leg.config.model.labels)) if features else 0
+        columns = min(_COLUMNS, layout.features) if features else 0
         ask = Ask(
             task=leg.name,
-            measure=Measure(sketch=size, seed=self._config.seed, classes=classes),
+            measure=Measure(sketch=size, seed=self._config.seed, classes=classes, columns=columns),
             blocks=blocks_of(state, sealed_in_order(state)),
             arrays=keyed("head", head_of(state, leg.name, self._config)),
         )
@@ -421,6 +427,7 @@ class _Stream:
             shapes[f"sketch:{name}"], shapes[f"energy:{name}"] = (width, size), (1,)
         if features:
             shapes |= {"feature:sum": (classes, layout.features), "feature:count": (classes,)}
+            shapes["feature:sketch"] = (layout.features, columns)
         sums = Sums(shapes)
         for _, answer in in_order(answers, cohort):
             means = {k: x * answer.examples for k, x in answer.arrays.items() if not k.startswith("feature")}
@@ -458,13 +465,9 @@ class _Stream:
             rows += min(answer.examples, _FISHER_ROWS)
         kept = dict(state.memory.get(_EWC, {}))
         for key, total in sums.total().items():
-            of, name = key.removeprefix("fisher-").split(":", 1)
-            f = pair[name]
-            fisher = total / rows * (f.scale**2 if of == "B" else 1.0)  # measured of scale * B
-            start = (f.a if of == "A" else f.b).astype(np.float64)
+            fisher, where = total / rows, key.removeprefix("fisher-")
             kept[key] = kept.get(key, 0.0) + fisher
-            moment = key.replace("fisher-", "moment-", 1)
-            kept[moment] = kept.get(moment, 0.0) + fisher * start
+            kept[f"moment-{where}"] = kept.get(f"moment-{where}", 0.0) + fisher * at[where].astype(np.float64)
         return _remembering(state, _EWC, kept)
 
     def _seed(self, leg: Leg, purpose: str) -> int:
@@ -490,6 +493,19 @@ class _Expand:
 
     def block(self, block: Block) -> Block:
         return replace(block, adapter=self.adapter(block.adapter))
+
+
+def _anchors_at(kept: Mapping[str, Array], scale: float) -> dict[str, Array]:
+    """All tasks' penalties as one, for a client that trains B at `scale`: what is kept is of A and of scale * B."""
+    arrays: dict[str, Array] = {}
+    for key, fisher in kept.items():
+        of, _, where = key.partition("-")
+        if of == "fisher":
+            own = scale if where.startswith("B:") else 1.0
+            anchor = kept[f"moment-{where}"] / np.maximum(fisher, _TINY)
+            arrays[key] = (fisher * own**2).astype(np.float32)
+            arrays[f"anchor-{where}"] = (anchor / own).astype(np.float32)
+    return arrays
 
 
 def _bounded(member: Member, rank: int | None, subspace: Subspace | None = None) -> Member:
@@ -542,7 +558,30 @@ def _overlaps(task: Task, before: Sequence[Task]) -> dict[str, float]:
         "overlap_largest": float(max(rows.values())),
         "overlap_product": float(np.mean(list(product_overlap(new, old).values()))),
         "overlap_random": float(np.mean([random_overlap(*spaces[n].shape) for n in new])),
+        **{f"similarity/{t.name}": phi for t, phi in zip(before, _similar(new, before), strict=True)},
     }
+
+
+def _similar(new: Adapter, before: Sequence[Task]) -> list[float]:
+    """The subspace similarity phi of a new task's product and that of each task before it; 0 to 1."""
+    named = {t.name: stack([b.adapter for b in t.full.blocks]) for t in before if t.full.blocks}
+    matrix = similarities({"": new, **named})[0]
+    return [float(matrix[1 + list(named).index(t.name)]) if t.name in named else 0.0 for t in before]
+
+
+def _effect_on_old(task: Task, new: Moments, old: Moments, layout: Layout) -> float:
+    """`sqrt(E |dW x_old|^2 / E |dW x_new|^2)` over all modules, both inputs scaled to one mean energy: 1 if the task's
+    update acts on old tasks' inputs as much as on its own, 0 if it is silent there. As far as the sketches can tell."""
+    sums = {"new": 0.0, "old": 0.0}
+    update = stack([b.adapter for b in task.full.blocks])
+    for name, f in update.items():
+        which = layout.modules[name].shares or name
+        triangle = np.linalg.qr(f.b.astype(np.float64), mode="r") @ f.a.astype(np.float64) * f.scale
+        for key, (vectors, values, energy) in (("new", new[which]), ("old", old[which])):
+            seen = np.sum((triangle @ vectors) ** 2, axis=0)
+            rest = max(energy - float(np.sum(values)), 0.0) / max(len(vectors) - len(values), 1)
+            sums[key] += (float(seen @ values) + rest * (float(np.sum(triangle**2)) - float(np.sum(seen)))) / energy
+    return float(np.sqrt(sums["old"] / sums["new"])) if sums["new"] > 0.0 else 0.0
 
 
 def _owner(task: str) -> str:

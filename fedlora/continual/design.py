@@ -1,14 +1,18 @@
-"""Subspaces designed from inputs: a task writes where its own inputs are and earlier tasks' inputs are not.
+"""Subspaces designed from inputs: a task writes where its own inputs are large and old tasks' inputs are small.
 
-An update `B A` does nothing to an input x if `A x = 0`. So the rows of A are taken from the leading directions of the
-new task's inputs after those of old inputs are removed (InfLoRA, Liang and Li, CVPR 2024, eq. 6-9), and what old inputs
-are is a basis that holds a share of their energy (gradient projection memory, Saha et al., ICLR 2021, section 5). In a
-federation nobody has the inputs. Clients sum sketches `C Omega` of their second moments `C = sum x x^T`, which are
-linear in C, and only the sum is used (as in FOT, Bakman et al., ICLR 2024, which sketches the inputs themselves).
+An update `B A` does to an input x what `A x` lets it do. So the rows of A are chosen for what inputs are like: InfLoRA
+(Liang and Li, CVPR 2024, eq. 6-9) takes the leading directions of the new task's inputs after those of old inputs are
+removed, and gradient projection memory (Saha et al., ICLR 2021) decides which those are, by their share of the energy.
+In a federation nobody has the inputs. Clients sum sketches `C Omega` of their second moments `C = E x x^T`, which are
+linear in C, and only the sums are used (as FOT, Bakman et al., ICLR 2024, sketches the inputs themselves). With one
+Omega for all tasks the memory of old inputs is itself a sum of sketches, whose size does not grow with tasks.
 
-Where we differ. Energy is the trace of C, the sum of |x|^2; InfLoRA's code squares C's eigenvalues once more. Its
-second memory, of the complement once the first has more than half the dimensions, is left out: it saves space only.
-A task also avoids earlier tasks' own subspaces, so that updates stay orthogonal to one another, as in O-LoRA.
+Where we differ from InfLoRA. (1) Old directions are not cut off at a share of the energy, but weighed: a row is good if
+the new task has much more energy along it than the old ones, however little that is. What old inputs have beyond the
+cut is what a hard projection forgets by. (2) Rows are scaled until the task's own inputs are as large along each of
+them as they are on average: leading directions of inputs are so uneven (the mean token alone is most of the energy)
+that on them one learning rate is too large and too small at once. (3) The rows are orthogonal to all earlier tasks' own
+rows too, so updates stay orthogonal to one another, as in O-LoRA. docs/LOG.md has what each is worth.
 All computation is in float64.
 """
 
@@ -25,7 +29,7 @@ from fedlora.rng import public_normal
 
 Float64 = NDArray[np.float64]
 
-_SAME = 1e-7  # float32 copies of unit rows differ by less: no direction of their own
+Moment = tuple[Array, Array, float]  # vectors [in, k] with orthonormal columns, values [k], energy
 _NOTHING = 1e-12  # share of the energy below which a direction is rounding
 _MISFIT = 0.1  # noise of sketches is far below, other inputs or another Omega are far above
 
@@ -36,8 +40,8 @@ def second_moment(sketch: Array, omega: Array, energy: float) -> tuple[Float64, 
     The Nystrom approximation `Y (Omega^T Y)^+ Y^T` from `Y = C Omega` and the same Gaussian `omega`, both `[in, s]`,
     with the shift of Tropp, Yurtsever, Udell and Cevher (NeurIPS 2017, algorithm 3). Ours is as large as the noise: the
     rounding of the sketch's dtype, or the asymmetry of `Omega^T Y`, which is symmetric without noise. What is below it
-    is left out. Up to noise it is at most C, and equals C where C's rank is at most s. `energy` is trace(C); `held`
-    says how much of it the approximation has. Cost: O(in * s^2).
+    is left out. Up to noise it is at most C, and equals C where C's rank is at most s. `energy` is trace(C), of which
+    the values' sum is what the approximation has. Cost: O(in * s^2).
     Raises: MethodError if shapes differ, a value is not finite, `energy` is negative, `Omega^T Y` is not symmetric to
     10%, or the approximation has 10% more than `energy`: another Omega, or other inputs.
     """
@@ -70,116 +74,63 @@ def second_moment(sketch: Array, omega: Array, energy: float) -> tuple[Float64, 
     return vectors[:, keep], values[keep]
 
 
-def held(rows: Array, vectors: Array, values: Array, energy: float) -> float:
-    """The share of `energy` that the projection on orthonormal `rows [k, in]` holds, as far as the sketch can tell.
-
-    `rows = vectors.T` gives the share that the approximation holds at all. No energy: 1.
-    """
-    seen = float(np.sum((rows.astype(np.float64) @ vectors) ** 2 * values))
-    return seen / energy if energy > 0.0 else 1.0
-
-
-def remember(memory: Array, vectors: Array, values: Array, energy: float, threshold: float) -> Float64:
-    """The basis of old inputs `[k', in]` after this task: `memory [k, in]`, and the fewest new rows below it.
-
-    So many that their projection holds at least `threshold` (0 to 1) of this task's `energy`, if the sketch holds as
-    much; else all that it has. They are the leading eigenvectors of `(I-P) C (I-P)` with P the projector on `memory`,
-    which gain most (Ky Fan). `memory` is orthonormal, up to float32 rounding; the result is to float64.
-    Source: GPM, section 5: there the inputs are columns of R, and ||R||_F^2 is trace(C).
-    """
-    old = _orthonormal(memory, np.zeros((0, memory.shape[1])))
-    directions, gains = _residual(vectors, values, old)
-    need = threshold * energy - energy * held(old, vectors, values, energy)
-    count = int(np.searchsorted(np.cumsum(gains), need)) + 1 if need > 0.0 else 0
-    return np.concatenate([old, _signed(_orthonormal(directions[:count], old))])
-
-
-def design(dim: int, vectors: Array, values: Array, avoid: Array, *, seed: int, name: str) -> NDArray[np.float32]:
-    """The basis N `[dim, in]` of a task in module `name`: orthonormal rows, orthogonal to `avoid [k, in]` to 1e-7.
-
-    They are the leading eigenvectors of `(I-P) C (I-P)`, P the projector on `avoid` (unit rows: old inputs and earlier
-    tasks' N, which may depend on one another), that is the leading left singular vectors of the inputs less their part
-    in `avoid` (InfLoRA, eq. 6-9). Where C has fewer, public random directions of the rest follow. Each row's
-    largest entry is positive, so N is a function of C where eigenvalues differ.
-    Cost: O(in * k^2 + in * s^2). Raises: MethodError if fewer than `dim` directions are left.
-    """
-    taken = span(avoid, _SAME)
-    width = avoid.shape[1]
-    if width - len(taken) < dim:
-        raise MethodError(
-            f"{name}: a task needs {dim} input directions and {width - len(taken)} of {width} are left, "
-            f"{len(taken)} belong to old inputs and earlier tasks; lower task_dim or the share of old inputs that is "
-            "remembered, remove a task, or adapt only modules with more inputs"
-        )
-    directions, _ = _residual(vectors, values, taken)
-    lead = _signed(_orthonormal(directions[:dim], taken))
-    drawn = public_normal(seed, "complement", name, shape=(dim - len(lead), width))
-    rest = _signed(_orthonormal(drawn, np.concatenate([taken, lead])))
-    return np.concatenate([lead, rest]).astype(np.float32)
-
-
-def contrast(
-    dim: int,
-    new: tuple[Array, Array, float],
-    old: tuple[Array, Array, float],
-    avoid: Array,
-    *,
-    floor: float,
+def design(
+    dim: int, new: Moment, old: Moment | None, avoid: Array, *, floor: float, seed: int, name: str
 ) -> NDArray[np.float32]:
-    """The rows `[dim, in]` of a task's subspace: where its inputs are large beside those of old tasks, and as large.
+    """The basis N `[dim, in]` of a task in module `name`: independent rows, orthogonal to `avoid` to float32 rounding.
 
-    `new` and `old` are (vectors `[in, k]`, values `[k]`, energy) of second moments C and D, each of energy 1 after
-    scaling; what their vectors miss is taken to be spread evenly. Among the directions of `new` that are orthogonal to
-    `avoid` (orthonormal rows, other tasks' own) the rows maximise `a C a^T / a (D + floor/in I) a^T`, one after another
-    and uncorrelated in both, and each is scaled so that `E (a x)^2 = E |x|^2 / in` over the task's inputs, as for a
-    random unit row: what is trained on top sees inputs of one size, and one learning rate does for all subspaces.
+    `new` and `old` are (vectors `[in, k]`, values `[k]`, energy) of the second moments C of the new task's inputs and D
+    of the old ones' (None: no old task), each scaled to energy 1. What the vectors do not hold of the energy is taken
+    to be even in all directions. Among the directions of `new` less their part in `avoid` (orthonormal rows `[m, in]`),
+    the rows are those of the largest `a C a^T / a (D + floor/in I) a^T`, in falling order and uncorrelated under both
+    (the generalised eigenvectors of C and D), each scaled to `a C a^T = 1/in`: along it the inputs are as large as
+    along a random unit row. Each row's largest entry is positive. Where `new` has fewer directions than `dim`, public
+    random ones of the rest follow, scaled alike.
+    Cost: O(in * (k + m)^2). Raises: MethodError if fewer than `dim` directions are left beside `avoid`.
     """
     vectors, values, energy = new
     width = len(vectors)
-    root = vectors * np.sqrt(values / energy)
-    q, r = np.linalg.qr(root - avoid.T @ (avoid @ root))
-    inside = np.linalg.svd(r)
-    size = float(inside.S.max(initial=0.0))
-    keep = inside.S > 1e-6 * size
-    q = (q @ inside.U)[:, keep]
-    if q.shape[1] < dim:
-        raise MethodError("contrast: too few directions")
-    mine = (root.T @ q).T @ (root.T @ q) + max(1.0 - float(np.sum(values)) / energy, 0.0) / width * np.eye(q.shape[1])
-    theirs = floor / width * np.eye(q.shape[1])
-    v, w, e = old
-    if e > 0.0:
-        seen = (v * np.sqrt(w / e)).T @ q
-        rest = max(1.0 - float(np.sum(w)) / e, 0.0) / max(width - len(w), 1)
-        flat = v.T @ q
-        theirs += seen.T @ seen + rest * (np.eye(q.shape[1]) - flat.T @ flat)
+    if width - len(avoid) < dim:
+        raise MethodError(
+            f"{name}: a task needs {dim} input directions and {width - len(avoid)} of {width} are left, {len(avoid)} "
+            "belong to earlier tasks; lower continual.task_dim, remove a task, or adapt only modules with more inputs"
+        )
+    root = vectors * np.sqrt(values / energy if energy > 0.0 else values)
+    inside = _basis(root - avoid.T @ (avoid @ root))
+    if inside.shape[1] < dim:
+        drawn = public_normal(seed, "complement", name, shape=(dim - inside.shape[1], width)).T
+        taken = np.concatenate([avoid.T, inside], axis=1)
+        inside = np.concatenate([inside, _basis(drawn - taken @ (taken.T @ drawn))], axis=1)
+    ours = _within(inside, new)
+    theirs = floor / width * np.eye(inside.shape[1]) + (0.0 if old is None else _within(inside, old))
     low = np.linalg.cholesky(theirs)
-    half = np.linalg.solve(low, np.linalg.solve(low, mine).T)
-    _, axes = np.linalg.eigh((half + half.T) / 2)
-    c = np.linalg.solve(low.T, axes[:, ::-1][:, :dim])
-    size = np.sqrt(np.sum(c * (mine @ c), axis=0) * width)
-    return _signed((q @ (c / size)).T).astype(np.float32)
+    ratio = np.linalg.solve(low, np.linalg.solve(low, ours).T)
+    axes = np.linalg.solve(low.T, np.linalg.eigh((ratio + ratio.T) / 2.0)[1][:, ::-1][:, :dim])
+    size = np.sqrt(width * np.maximum(np.sum(axes * (ours @ axes), axis=0), _NOTHING / width))
+    rows = (inside @ (axes / size)).T
+    return _signed(rows - rows @ avoid.T @ avoid).astype(np.float32)
+
+
+def _within(inside: Float64, moment: Moment) -> Float64:
+    """`Q^T C Q` for orthonormal columns Q, C scaled to energy 1 and even where its vectors do not reach."""
+    vectors, values, energy = moment
+    if energy <= 0.0:
+        return np.zeros((inside.shape[1], inside.shape[1]))
+    seen = vectors.T @ inside
+    rest = max(1.0 - float(np.sum(values)) / energy, 0.0) / max(len(vectors) - len(values), 1)
+    return seen.T @ (seen * (values / energy)[:, None]) + rest * (np.eye(inside.shape[1]) - seen.T @ seen)
+
+
+def _basis(columns: Float64) -> Float64:
+    """Orthonormal columns that span `columns`; directions of less than 1e-6 of the largest are rounding."""
+    u, s, _ = np.linalg.svd(columns, full_matrices=False)
+    return np.asarray(u[:, s > 1e-6 * s.max(initial=0.0)])
 
 
 def span(rows: Array, tolerance: float) -> Float64:
     """Orthonormal rows `[k, in]` with the row space of `rows`; singular values of at most `tolerance` do not count."""
     _, s, vt = np.linalg.svd(rows.astype(np.float64), full_matrices=False)
     return np.asarray(vt[s > tolerance])
-
-
-def _residual(vectors: Array, values: Array, taken: Float64) -> tuple[Float64, Float64]:
-    """Eigenvectors, as rows, and eigenvalues of `(I-P) C (I-P)` above rounding, falling; P projects on `taken`."""
-    root = vectors * np.sqrt(values)
-    u, s, _ = np.linalg.svd(root - taken.T @ (taken @ root), full_matrices=False)
-    keep = s**2 > _NOTHING * float(np.sum(values))
-    return u.T[keep], s[keep] ** 2
-
-
-def _orthonormal(rows: Array, taken: Float64) -> Float64:
-    """`rows` orthonormalised in their order, against `taken` too. For residuals that is the second time, which takes
-    away what the first, of nearly equal numbers, left."""
-    rows = rows.astype(np.float64)
-    q, r = np.linalg.qr((rows - rows @ taken.T @ taken).T)
-    return np.asarray(np.where(np.diagonal(r) < 0.0, -q, q).T)
 
 
 def _signed(rows: Float64) -> Float64:

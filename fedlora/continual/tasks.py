@@ -88,7 +88,10 @@ def _span(leg: Leg) -> range:
 
 def _clients(text: str) -> tuple[str, ...]:
     """Ids from a list; a number is the client of that index in a simulation."""
-    items = json.loads(text) if text.lstrip().startswith("[") else [part.strip() for part in text.split(",")]
+    try:
+        items = json.loads(text) if text.lstrip().startswith("[") else [part.strip() for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"tasks: clients must be a list of ids or numbers, such as 0,1,2; got {text!r}") from None
     return tuple(f"client-{int(x):05d}" if isinstance(x, int) or str(x).isdecimal() else str(x) for x in items)
 
 

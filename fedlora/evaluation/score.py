@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 import torch.nn.functional as nnf
+from numpy.typing import NDArray
 
 from fedlora.base import Base
 from fedlora.data.batches import in_order
@@ -15,7 +16,7 @@ from fedlora.data.rows import TokenRow
 from fedlora.errors import DataError
 from fedlora.training.objective import among, answer_logits, class_logits
 
-__all__ = ["score"]
+__all__ = ["all_logits", "score"]
 
 
 def score(base: Base, rows: Sequence[TokenRow], *, batch_size: int) -> dict[str, float]:
@@ -64,3 +65,12 @@ def score(base: Base, rows: Sequence[TokenRow], *, batch_size: int) -> dict[str,
             for what, flags in counts.items():
                 sums[f"{what}/{row.group}"] += float(flags[i])
     return dict(sums)
+
+
+def all_logits(base: Base, rows: Sequence[TokenRow], *, batch_size: int) -> NDArray[np.float32]:
+    """The logits of every class, whatever a row's choices: `[rows, classes]`. Cost: one forward pass."""
+    out = np.zeros((len(rows), base.model.config.num_labels), np.float32)
+    with torch.inference_mode():
+        for batch, indices in in_order(rows, batch_size=batch_size, pad_id=base.pad_id):
+            out[indices] = class_logits(base, batch).cpu().numpy()
+    return out

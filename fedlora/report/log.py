@@ -121,6 +121,8 @@ class Aggregate(TypedDict):
     overlap_largest: NotRequired[float]  # over modules
     overlap_product: NotRequired[float]  # of B A, mean over modules
     overlap_random: NotRequired[float]  # of random rows, mean over modules
+    effect_on_old: NotRequired[float]  # of the update on old tasks' inputs, beside that on its own; and, for every
+    # earlier task, `similarity/NAME`: of the input directions of both updates, 0 to 1
     sealed_error_relative: NotRequired[float]  # lost when the task was cut to continual.rank
     inputs_seen: NotRequired[float]  # share of the inputs' squared norm that the sketch holds, mean over inputs
 

@@ -215,3 +215,39 @@ base knows, what a client learns alone, and what training on all the data in one
 </main></body></html>
 """
 )
+
+WAYS_PAGE: Final = (
+    _HEAD.replace("{{ title }}", "Ways to learn tasks compared")
+    + """
+<p class="eyebrow">fedlora compare</p>
+<h1>What each way keeps of earlier tasks</h1>
+<p class="dim">{% if one %}One seed.{% else %}Means over {{ seeds }} seeds.{% endif %}
+Every line is one task; along the axis tasks are trained and sealed one after another. Below, in per cent: the score of
+the task in the column after the tasks of the row. A frame marks the task that the row has just learnt, ▼ what is more
+than 5 points below its best so far{% if not one %} in most seeds{% endif %}. Grey: not learnt yet.</p>
+<div class="charts">{% for way in ways %}
+<figure><figcaption>{{ way.name }} <small>{{ way.note }}</small></figcaption>{{ way.chart|safe }}
+{% if way.cut %}<p class="note">Lines of the first {{ way.cut }} tasks.</p>{% endif %}
+<div class="wide"><table class="heat tasks"><thead><tr><th></th>
+{% for head in way.heads %}<th>{{ head }}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in way.rows %}<tr><th scope="row">{{ row.name }}</th>
+{% for value, text, css, title in row.cells %}
+<td class="{{ css }}" style="--v:{{ value }}%" title="{{ title }}">{{ text }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div></figure>{% endfor %}
+</div>
+<h2>All measures</h2>
+<p class="dim">Per cent and points{% if not one %}, mean ± standard deviation over {{ seeds }} seeds{% endif %}; bytes
+and time of a whole run.</p>
+<div class="wide"><table style="font-size:.8rem"><thead><tr>
+{% for head in heads %}<th>{% for line in head.replace("bytes ", "bytes, ").split(", ") %}
+{%- if not loop.first %}<br/>{% endif %}{{ line }}
+{%- endfor %}</th>{% endfor %}</tr></thead>
+<tbody>{% for row in rows %}<tr>{% for cell in row %}
+{% if loop.first %}<th scope="row">{{ cell }}</th>{% else %}{% set mean, pm, sd = cell.partition(" ± ") %}
+<td>{{ mean }}{% if sd %}<br/><small class="note">± {{ sd }}</small>{% endif %}</td>{% endif %}{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+<div class="wide"><table><tbody>{% for name, what in told %}
+<tr><th scope="row">{{ name }}</th><td class="free">{{ what }}</td></tr>{% endfor %}</tbody></table></div>
+</main></body></html>
+"""
+)

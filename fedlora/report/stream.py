@@ -25,14 +25,23 @@ _TINY: Final = 1e-9  # rounding of a difference of two shares
 
 WAYS: Final[Mapping[str, tuple[str, str]]] = {
     "known": ("task known", "the task that is named gives its head and classes, and its adapter on those before it"),
-    "routed": ("task found", "the nearest prototype of the bare base's features decides which task's are used"),
+    "routed": ("task found", "a router that sees the bare base's features decides which task's are used"),
     "summed": ("all adapters, own classes", "every adapter at once; the task gives its head and classes alone"),
     "open": ("all adapters, all classes", "no task is given or guessed: the classes of all tasks compete"),
+    "weighed": ("the same, weighed", "each task's classes weigh as much as the router takes the task to be likely"),
     "routing": ("routing accuracy", "share of the rows whose task was found, whatever was then answered"),
 }
 
-NEAR: Final = ("overlap", "overlap_largest", "overlap_product", "overlap_random")
-SEALING: Final = (*NEAR, "sealed_error_relative", "inputs_seen")
+NEAR: Final = ("overlap", "effect_on_old", "similarity/")  # of a task with those before it
+SEALING: Final = (
+    "overlap",
+    "overlap_largest",
+    "overlap_product",
+    "overlap_random",
+    "effect_on_old",
+    "sealed_error_relative",
+    "inputs_seen",
+)
 
 Json = Mapping[str, Any]
 
@@ -203,8 +212,9 @@ def _sealing(closed: Sequence[tuple[Json, tuple[str, ...]]]) -> dict[str, dict[s
     `task/name`; the first task of a run overlaps with nothing."""
     found: dict[str, dict[str, float]] = {}
     for aggregate, sealed in closed:
-        for key in SEALING:
-            able = [n for n in sealed if found or n != sealed[0] or key not in NEAR]
+        similar = {k[k.index("similarity/") :] for k in aggregate if "similarity/" in k}
+        for key in (*SEALING, *sorted(similar)):
+            able = [n for n in sealed if found or n != sealed[0] or not key.startswith(NEAR)]
             for name in sealed:
                 value = aggregate.get(key if able[:1] == [name] else f"{name}/{key}")
                 if value is not None:

@@ -167,6 +167,7 @@ def _overlap(stream: Stream) -> dict[str, Any] | None:
         ("A, largest", share("overlap_largest"), "overlap_largest" in known),
         ("BA, mean", share("overlap_product"), "overlap_product" in known),
         ("random rows", share("overlap_random"), "overlap_random" in known),
+        ("effect on old inputs", share("effect_on_old"), "effect_on_old" in known),
         ("lost when sealed", lambda told: percent(told.get("sealed_error_relative"), 1), cut),
         ("inputs seen", lambda told: percent(told.get("inputs_seen")), "inputs_seen" in known),
     ]
@@ -177,6 +178,16 @@ def _overlap(stream: Stream) -> dict[str, Any] | None:
         said += " Lost when sealed: the share of the task's update that was cut off."
     if "inputs_seen" in known:
         said += " Inputs seen: the share of the squared norm of a task's inputs that its sketch holds."
+    if "effect_on_old" in known:
+        said += " Effect on old inputs: how much a task's update changes what old tasks' inputs give, beside what it "
+        said += "changes of its own, as the root of a ratio of squares: 1 is as much, 0 nothing."
+    alike = [name for name, told in sealing.items() if any(key.startswith("similarity/") for key in told)]
+    before = list(dict.fromkeys(key.split("/", 1)[1] for n in alike for key in sealing[n] if "/" in key))
+    phi = {
+        "title": "Similarity φ of the input directions of two updates, mean over modules: 0 orthogonal, 1 the same",
+        "heads": [("sealed task", ""), *((name, "") for name in before)],
+        "rows": [[(n, ""), *((decimal(sealing[n].get(f"similarity/{o}")), "") for o in before)] for n in alike],
+    }
     return {
         "heading": "Overlap of the tasks",
         "text": said,
@@ -188,6 +199,7 @@ def _overlap(stream: Stream) -> dict[str, Any] | None:
                     [(name, ""), *((show(told) if told else NOTHING, "") for _, show, _ in columns)]
                     for name, told in sealing.items()
                 ],
-            }
+            },
+            *([phi] if alike else []),
         ],
     }

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedlora.base import Base
+from fedlora.continual.router import omega
 from fedlora.data.batches import Batch, in_order, pad
 from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, TrainingError
@@ -56,7 +57,7 @@ def measure(base: Base, header: Header, ask: Ask, rows: Sequence[TokenRow], *, b
         raise TrainingError(f"{who}: there are no rows to measure; is its share of the data empty?")
     sums: Sums = {}
     if what.classes:
-        sums |= _features_by_label(base, rows, what.classes, batch_size, who)
+        sums |= _features_by_label(base, rows, what, batch_size, who)
     try:
         attach(base, ask.blocks, blocks_id(ask.blocks), ask.frozen, part(ask.arrays, "head") or None)
         if what.sketch:
@@ -76,27 +77,35 @@ def measure(base: Base, header: Header, ask: Ask, rows: Sequence[TokenRow], *, b
 def features(base: Base, rows: Sequence[TokenRow], *, batch_size: int) -> Float:
     """The mean over a row's tokens of the bare base's last hidden states, scaled to norm 1: `[rows, features]`.
 
-    Whatever was attached is taken off. Cost: one forward pass.
+    Of a language model's row only what is not to be answered counts, since that is all there is when a task is to be
+    found; a row that is nothing but answer counts whole. Whatever was attached is taken off. Cost: one forward pass.
     """
     out = np.zeros((len(rows), base.layout.features), np.float32)
     attach(base, (), blocks_id(()))
     with torch.inference_mode():
         for batch, indices in in_order(rows, batch_size=batch_size, pad_id=base.pad_id):
-            there = torch.from_numpy(batch.attention).to(base.device, torch.float32)
+            asked = batch.attention * ~batch.answer
+            asked = np.where(asked.any(1, keepdims=True), asked, batch.attention)
+            there = torch.from_numpy(asked).to(base.device, torch.float32)
             states = hidden_states(base, batch).float()
             mean = (there[:, None] @ states)[:, 0] / there.sum(1, keepdim=True)
             out[indices] = torch.nn.functional.normalize(mean).cpu().numpy()
     return out
 
 
-def _features_by_label(base: Base, rows: Sequence[TokenRow], classes: int, batch_size: int, who: str) -> Sums:
-    """Sums by class of the rows' features; rows without a label are of class 0."""
+def _features_by_label(base: Base, rows: Sequence[TokenRow], what: Measure, batch_size: int, who: str) -> Sums:
+    """Sums by class of the rows' features, and their sketch; rows without a label are of class 0."""
+    classes = what.classes
     labels = np.array([0 if row.label is None else row.label for row in rows])
     if labels.min() < 0 or labels.max() >= classes:
         raise TrainingError(f"{who}: labels go from {labels.min()} to {labels.max()}, {classes} classes are asked for")
     total = np.zeros((classes, base.layout.features))
-    np.add.at(total, labels, features(base, rows, batch_size=batch_size).astype(np.float64))
-    return {"feature:sum": total, "feature:count": np.bincount(labels, minlength=classes).astype(np.float64)}
+    found = features(base, rows, batch_size=batch_size).astype(np.float64)
+    np.add.at(total, labels, found)
+    sums = {"feature:sum": total, "feature:count": np.bincount(labels, minlength=classes).astype(np.float64)}
+    if what.columns:
+        sums["feature:sketch"] = found.T @ (found @ omega(what.seed, base.layout.features, what.columns))
+    return sums
 
 
 @lru_cache(maxsize=1024)

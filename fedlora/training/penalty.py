@@ -66,6 +66,11 @@ def penalties(
                 f"{who}: the overlap is measured against {plan.against} blocks, and the ask has {len(ask.blocks)}, "
                 "some perhaps of rank 0; were blocks of sealed tasks merged or left out?"
             )
+        if plan.overlap_form == "normalised" and ask.subspace is not None and ask.subspace.seed is None:
+            raise TrainingError(
+                f"{who}: the normalised overlap needs a basis of orthonormal rows, and a designed one has others; "
+                "use the squared form, or a public subspace"
+            )
         found["overlap_penalty"] = _overlap(plan, blocks, {n: leaves[f"A:{n}"] for n in names}, basis)
     if plan.anchor:
         found["anchor_penalty"] = _anchor(ask, plan, flat, views, who)

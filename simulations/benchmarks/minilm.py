@@ -66,7 +66,9 @@ def main() -> None:
     parser.add_argument("--ranks", default="16,8,8,4,4,2,2,2")
     parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet distribution")
     parser.add_argument("--split", default="test", choices=("dev", "test"))
-    parser.add_argument("--rate", action="append", default=[], help="METHOD=LEARNING_RATE, in place of the usual one")
+    parser.add_argument(
+        "--rate", action="append", default=[], help="METHOD=LEARNING_RATE in place of the usual one; all=RATE: of all"
+    )
     arguments = parser.parse_args()
     data = os.environ.get("FEDLORA_REAL_DATA")
     if data is None:
@@ -79,7 +81,9 @@ def main() -> None:
         "data.partition.alpha": arguments.alpha,
     }
     config = settings(arguments.task, Path(data), arguments.split, **more)
-    rates = RATES | {name: float(rate) for name, _, rate in (text.partition("=") for text in arguments.rate)}
+    rates = dict(RATES)
+    for name, _, rate in (text.partition("=") for text in arguments.rate):
+        rates |= dict.fromkeys(METHOD_NAMES if name == "all" else [name], float(rate))
     methods = []
     for name in METHOD_NAMES if arguments.methods == "all" else arguments.methods.split(","):
         one = with_method(config, name)

@@ -182,6 +182,14 @@ def test_an_ended_run_can_be_resumed_and_stays_the_same(finished: Path) -> None:
         (("report", "nowhere"), r"nowhere is not a run folder"),
         (("generate", "nowhere"), r"neither a run folder .* nor a PEFT adapter"),
         (("compare", "--set", "nope:training.learning_rate=1"), r"no method 'nope' is compared"),
+        (("simulate", "taks"), r"taks is neither a file nor a shipped scenario; shipped are default, own, tasks"),
+        (("simulate", "taks.toml"), r"taks\.toml: cannot read the settings"),
+        (("compare", "--continual", "sequential"), r"the settings have none: try the scenario tasks"),
+        (("compare", "tasks", "--continual", "sequential", "--methods", "fedit"), r"--continual and --methods exclude"),
+        (("compare", "tasks", "--continual", "sequential", "--codecs", "int8"), r"--continual and --codecs exclude"),
+        (("compare", "tasks", "--continual", "sequential,sequential"), r"--continual needs one or more different"),
+        (("compare", "tasks", "--continual", "o-lora"), r"ffa-lora freezes A.*fedit"),
+        (("compare", "tasks", "--continual", "ewc", "--set", "o-lora:seed=1"), r"no way 'o-lora' is compared here"),
     ],
 )
 def test_mistakes_are_named(
@@ -190,6 +198,71 @@ def test_mistakes_are_named(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FedLoRAError, match=match):
         call(*words)
+
+
+def test_a_run_without_tasks_has_none_to_ask_for(finished: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--task auto: .* trained without tasks"):
+        call("generate", str(finished), "29 November 1991", "--task", "auto")
+    with pytest.raises(ConfigError, match=r"--without dates: .* trained without tasks"):
+        call("evaluate", str(finished), "--without", "dates")
+
+
+def test_a_file_of_this_folder_goes_before_a_shipped_scenario(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tasks.toml").write_text("[rounds]\ncount = 0\n")
+    for word in ("tasks.toml", "./tasks.toml"):
+        with pytest.raises(ConfigError, match=r"rounds\.count"):
+            call("simulate", word)
+    with pytest.raises(ConfigError, match=r"continual\.floor"):  # the shipped one
+        call("simulate", "tasks", "--set", "continual.floor=-1")
+
+
+@pytest.mark.slow
+def test_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shipped scenario, as small as it can be: compared, simulated, evaluated, and asked."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fedlora.cli.console", Console(width=160, highlight=False))
+    small = [
+        word
+        for setting in (
+            "rounds.count=1",
+            "rounds.clients=2",
+            "lora.ranks=2",
+            "data.rows_per_client=12",
+            "data.test_rows=6",
+            "training.local_steps=2",
+            "training.threads=1",
+        )
+        for word in ("--set", setting)
+    ]
+    said = call(
+        "compare", "tasks", "--continual", "input-aware,separate:fedit", "--seeds", "1", "--out", "both", *small
+    )
+    for words in ("| input-aware ", "| separate:fedit ", "forgetting", "| input-aware: records ", "sealed numbers"):
+        assert words in said, words
+    rows = json.loads(Path("both/comparison.json").read_text())
+    assert [row["way"] for row in rows] == ["input-aware", "separate:fedit"]
+    assert [border[0] for border in rows[0]["borders"]] == list(rows[0]["tasks"]) == ["dates", "records", "numbers"]
+    assert Path("both/comparison.html").read_text().count("<figure>") == 2
+    run = "both/input-aware-seed0"
+    said = call("simulate", "--resume", run)  # it has ended
+    for words in ("[", "average accuracy (AA)", "routing accuracy", f"{run}/tasks", f"generate {run} --task auto"):
+        assert words in said, words
+    said = call("evaluate", run)
+    for words in ("dates", "all adapters", "task known", "task found", "mean"):
+        assert words in said, words
+    said = call("evaluate", run, "--without", "records")
+    assert "without records" in said
+    assert "change" in said
+    prompt = "Stamp the letter for the archive"
+    for words, found in ((("--task", "numbers"), "numbers"), (("--task", "all"), "all"), ((), "")):
+        said = call("generate", run, prompt, "--max-new-tokens", "2", *words)
+        assert f" {found}" in said.split("tuned")[1]
+    assert "right answer" in call("generate", run, "--max-new-tokens", "2")
+    with pytest.raises(ConfigError, match=r"--task number: .*dates, records, numbers.*did you mean 'numbers'"):
+        call("generate", run, prompt, "--task", "number")
+    with pytest.raises(ConfigError, match="leave --data out"):
+        call("evaluate", run, "--data", "rows.jsonl")
 
 
 def test_an_output_folder_that_exists(finished: Path) -> None:

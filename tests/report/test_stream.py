@@ -444,3 +444,17 @@ def test_many_tasks_with_long_names_and_many_clients(tmp_path: Path, clients: in
     text = page_of(tmp_path, made)
     assert "; the first 12 tasks" in text
     assert ("loss after, a-task-with-a-long-name-14" in text) == (clients == 60)
+
+
+def test_similarity_and_effect_are_shown_by_task(tmp_path: Path) -> None:
+    aggregate = {
+        8: {"overlap": 0.2, "effect_on_old": 0.75, "similarity/agnews": 0.125},
+        12: {"overlap": 0.3, "effect_on_old": 0.5, "similarity/agnews": 0.0625, "similarity/amazon": 0.25},
+    }
+    sealed = {4: ["agnews"], 8: ["amazon"], 12: ["dbpedia"]}
+    trained = {r: sealed[4 * ((r + 3) // 4)] for r in range(1, 13)}
+    _, events = stream_events(FORGETS, sealed, trained, tasks=["agnews", "amazon", "dbpedia"], aggregate=aggregate)
+    stream = stream_of(events)
+    assert stream is not None
+    assert stream.sealing["amazon"] == aggregate[8]
+    assert stream.sealing["dbpedia"] == aggregate[12]

@@ -217,8 +217,8 @@ def test_below_quorum_the_round_is_repeated_and_then_the_run_pauses_whole(lab: A
         one.clients[index].train, one.clients[index].rounds = fakes.changed(fill(NAN)), {2}
     with pytest.raises(
         RoundFailed,
-        match=r"round 2: 2 of 5 clients answered, the quorum is 3 \(the last .*not finite.*pauses after round 1, whose "
-        r"state is in .*checkpoints. Bring the clients back and resume",
+        match=r"round 2: 2 of 5 clients answered, the quorum is 3 \(the last .*not finite.*Bring the clients back.* "
+        r"pauses after round 1, whose state is in .*checkpoints. Mend that, then resume",
     ):
         one.conduct("rounds.retries=2")
     assert [n["event"] for n in one.notes].count("retry") == 2

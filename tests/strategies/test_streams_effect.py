@@ -1,0 +1,33 @@
+"""What a new task's update does to old inputs, from second moments, against the inputs themselves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedlora.adapter import Adapter, Factors
+from fedlora.state import Block, Layout, Module, Task
+from strategies.streams import _effect_on_old
+
+
+def test_the_effect_on_old_inputs_is_that_of_the_dense_update() -> None:
+    rng = np.random.default_rng(0)
+    own = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
+    old = rng.normal(size=(200, 12)) @ np.diag([1.0] * 4 + [0.0] * 8)
+    f = Factors(rng.normal(size=(3, 12)), rng.normal(size=(5, 3)), 0.5)
+
+    def moment(x: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:  # type: ignore[type-arg]
+        values, vectors = np.linalg.eigh(x.T @ x)
+        return vectors[:, ::-1], values[::-1], float(np.sum(x**2))
+
+    def share(x: np.ndarray) -> float:  # type: ignore[type-arg]
+        return float(np.sum((x @ f.dense().T) ** 2) / np.sum(x**2))
+
+    layout = Layout(modules={"k": Module(out=5, inp=12, shares="a"), "q": Module(out=5, inp=12)})
+    task = Task(name="t", blocks=(Block(adapter=Adapter({"q": f}), born=0),))
+    found = _effect_on_old(task, {"q": moment(own)}, {"q": moment(old)}, layout)
+    assert found == pytest.approx(np.sqrt(share(old) / share(own)))
+    shared = Task(name="t", blocks=(Block(adapter=Adapter({"k": f}), born=0),))
+    assert _effect_on_old(shared, {"a": moment(own)}, {"a": moment(old)}, layout) == pytest.approx(found)
+    blind = {"q": (moment(old)[0][:, :4], moment(old)[1][:4], moment(old)[2])}  # the rest is not there, so none is even
+    assert _effect_on_old(task, {"q": moment(own)}, blind, layout) == pytest.approx(found)
