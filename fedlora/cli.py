@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
+from fedlora import verify_command
 from fedlora.errors import ConfigError, FedLoRAError
 from fedlora.pki_commands import app as pki
 
@@ -569,6 +570,9 @@ def _print_stream(result: Any) -> None:
     ):
         console.print(line, markup=False, soft_wrap=True)
 
+
+app.command()(verify_command.verify)
+app.command()(verify_command.sign)
 
 if __name__ == "__main__":
     main()

@@ -15,8 +15,6 @@ import mmap
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedlora.errors import ConfigError
 
 __all__ = ["fingerprint"]
@@ -52,16 +50,23 @@ def _tensor_digests(file: Path, size: int, changed: int) -> dict[str, str]:
     """Tensor name -> digest of its dtype, shape and bytes."""
     if file.suffix == ".safetensors":
         return _safetensors_digests(file)
+    import torch  # only pickled weights need it
+
     tensors: dict[str, torch.Tensor] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     return {
         name: _digest(
-            _SHORT.get(x.dtype, str(x.dtype)), list(x.shape), x.contiguous().view(-1).view(torch.uint8).numpy()
+            _SHORT.get(str(x.dtype), str(x.dtype)), list(x.shape), x.contiguous().view(-1).view(torch.uint8).numpy()
         )
         for name, x in tensors.items()
     }
 
 
-_SHORT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}  # safetensors' names
+_SHORT = {
+    "torch.float32": "F32",
+    "torch.float16": "F16",
+    "torch.bfloat16": "BF16",
+    "torch.int64": "I64",
+}  # safetensors' names
 
 
 def _safetensors_digests(file: Path) -> dict[str, str]:

@@ -24,12 +24,15 @@ def plain(text: object, limit: int) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)[:limit])
 
 
+_SQUARES = ("energy:", "feature:count", "fisher-")  # what a measurement cannot have below zero
+
+
 def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]] | None, max_bytes: int) -> Answer:
     """Decode one answer to `asked`, or refuse it; cheap tests come first, nothing is allocated before the size test.
 
     Order: size, well-formed header, the header that was asked, field by field; an error that the client reports; exact
     keys and shapes (from the table; None leaves them to the caller); finite and sane values; row count (1 to 10^9 where
-    it trained); sane measures, and in an evaluation the sums that `fedlora.evaluation.score` returns.
+    it trained or measured); sane measures, and in an evaluation the sums that `fedlora.evaluation.score` returns.
     Raises: AnswerRejected with the client, the rule and what came.
     """
 
@@ -56,7 +59,11 @@ def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]]
             )
         if largest > MAX_VALUE:
             raise refuse("absurd value", f"{key} has a value of {largest:.3g}, at most {MAX_VALUE:g} is plausible")
-    least = 1 if asked.kind == "train" else 0
+        if asked.kind == "measure" and key.startswith(_SQUARES) and np.min(x, initial=0.0) < 0.0:
+            raise refuse(
+                "absurd value", f"{key} has a value of {float(x.min()):.3g}, and sums of squares have none below 0"
+            )
+    least = 1 if asked.kind in ("train", "measure") else 0
     if not least <= answer.examples <= MAX_EXAMPLES:
         raise refuse(
             "example count", f"{plain(answer.examples, 40)} rows; the weight must be from {least} to {MAX_EXAMPLES:,}"

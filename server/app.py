@@ -12,13 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedlora.code import require_one_checkout
 from fedlora.config import RunConfig, differences, load_config, task_config, to_toml
-from fedlora.continual.tasks import rounds_in_all, task_names
+from fedlora.continual.tasks import task_names
 from fedlora.errors import ConfigError
+from fedlora.report.log import read_log
 from server.checkpoint import write_atomic
 from server.evaluate import TasksEvaluator
 from server.release import release
@@ -82,13 +84,15 @@ def run(
     evaluator: Evaluator | None,
     notify: Callable[[dict[str, Any]], None],
     tasks_evaluator: TasksEvaluator | None = None,
+    signing_key: Ed25519PrivateKey | None = None,
 ) -> Path:
     """Conduct a run in a folder made by `open_run`, from its newest checkpoint on; returns the adapter's folder."""
     name = (folder / "run-id").read_text().strip()
     conductor = Conductor(
         grid, config, folder, run=name, evaluator=evaluator, notify=notify, tasks_evaluator=tasks_evaluator
     )
-    return release(folder, conductor.conduct(), config, run=name, rounds=rounds_in_all(config))
+    state = conductor.conduct()
+    return release(folder, state, config, run=name, events=read_log(folder), signing_key=signing_key)
 
 
 def own_evaluators(config: RunConfig) -> tuple[Evaluator | None, TasksEvaluator | None]:

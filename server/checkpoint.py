@@ -1,6 +1,8 @@
 """Checkpoints: one file a round, whole or not there at all.
 
 checkpoint = SHA-256 of the rest | the state, as `fedlora.wire.encode_state` writes it
+
+With a key that whole is encrypted (`fedlora.at_rest`), under the file's name; a plain checkpoint is then refused.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import re
 from pathlib import Path
 
+from fedlora.at_rest import is_sealed, seal, unseal
 from fedlora.errors import CheckpointError, WireError
 from fedlora.state import GlobalState
 from fedlora.wire import decode_state, encode_state
@@ -48,24 +51,26 @@ def write_atomic(path: Path, data: bytes) -> None:
         ) from error
 
 
-def save(folder: Path, round_: int, state: GlobalState) -> Path:
+def save(folder: Path, round_: int, state: GlobalState, *, key: bytes | None = None) -> Path:
     """Write the state after `round_` (0 is the opening), then drop all but the newest `KEPT` checkpoints.
 
     Raises: CheckpointError as `write_atomic`; the checkpoints before are intact.
     """
     path = folder / f"round-{round_:06d}.flw"
     data = encode_state(state)
-    write_atomic(path, hashlib.sha256(data).digest() + data)
+    data = hashlib.sha256(data).digest() + data
+    write_atomic(path, data if key is None else seal(data, key, path.name))
     for _, old in _found(folder)[:-KEPT]:
         with contextlib.suppress(OSError):  # one checkpoint too many harms nobody
             old.unlink()
     return path
 
 
-def latest(folder: Path) -> tuple[int, GlobalState] | None:
+def latest(folder: Path, *, key: bytes | None = None) -> tuple[int, GlobalState] | None:
     """(round, state) of the newest checkpoint, or None if there is none.
 
-    Raises: CheckpointError if the newest file cannot be read, or any of its bytes is not what was written.
+    Raises: CheckpointError if the newest file cannot be read, any of its bytes is not what was written, or it is
+    encrypted and there is no key, or plain and there is one.
     """
     found = _found(folder)
     if not found:
@@ -76,6 +81,11 @@ def latest(folder: Path) -> tuple[int, GlobalState] | None:
         data = path.read_bytes()
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}. Mend that, then resume.") from error
+    if is_sealed(data) != (key is not None):
+        why = "encrypted: give its key" if key is None else "not encrypted, and a key was given"
+        raise CheckpointError(f"{path} is {why}; mend that, then resume")
+    if key is not None:
+        data = unseal(data, key, path.name)
     state = memoryview(data)[_DIGEST:]
     if hashlib.sha256(state).digest() != data[:_DIGEST]:
         raise CheckpointError(f"{path} is damaged: its {len(data):,} bytes do not match their SHA-256; {fix}.")

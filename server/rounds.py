@@ -20,10 +20,12 @@ import numpy as np
 from flwr.app import MessageType
 from flwr.serverapp import Grid
 
+from fedlora.at_rest import key_from_environment
 from fedlora.code import code_digest
 from fedlora.config import RunConfig, flat, local_training
 from fedlora.continual.tasks import JOINT, legs, rounds_in_all, task_names
 from fedlora.errors import AnswerRejected, BlocksMissing, RoundFailed
+from fedlora.provenance import state_digest
 from fedlora.report.log import RunLog, read_log
 from fedlora.rng import stream
 from fedlora.state import (
@@ -88,6 +90,7 @@ class Conductor:
         self._config = config
         self._checkpoints = folder / "checkpoints"
         self._spool = folder / "spool"
+        self._key = key_from_environment()
         self._run = run
         self._evaluator = evaluator if config.evaluation.server else None
         self._tasks_evaluator = tasks_evaluator if config.evaluation.server else None
@@ -106,7 +109,7 @@ class Conductor:
         """
         started = time.monotonic()
         shutil.rmtree(self._spool, ignore_errors=True)  # answers of a round that a crash cut short
-        resumed = checkpoint.latest(self._checkpoints)
+        resumed = checkpoint.latest(self._checkpoints, key=self._key)
         if resumed is not None and resumed[0] >= self._rounds and not self._personal_left():
             return resumed[1]
         roster = Roster(
@@ -132,7 +135,7 @@ class Conductor:
                 left = {k: x for k, x in state.memory.get(PUBLISHED, {}).items() if not k.startswith("head:")}
                 memory = {**state.memory, PUBLISHED: left} if PUBLISHED in state.memory else state.memory
                 state = replace(state, tasks={**state.tasks, task.name: task}, memory=memory)
-            checkpoint.save(self._checkpoints, 0, state)
+            checkpoint.save(self._checkpoints, 0, state, key=self._key)
         else:
             done, state = resumed
         self._holdings = Holdings(state.memory.get(OWNER), codec=self._config.wire.down, versioned=not self._legs)
@@ -183,6 +186,7 @@ class Conductor:
             client |= facts.get(name, {})
         event |= {
             "version": state.version,
+            "state": state_digest(state),
             "bytes_down": sum(tally.down.values()),
             "bytes_up": sum(tally.up.values()),
             "refused": [vars(r) for r in sorted(tally.refused, key=lambda r: r.client)],
@@ -191,7 +195,7 @@ class Conductor:
         }
         state = replace(state, memory={**state.memory, OWNER: self._holdings.memory()})
         self._log.append(event)
-        checkpoint.save(self._checkpoints, number, state)
+        checkpoint.save(self._checkpoints, number, state, key=self._key)
         self._notify({"event": "closed", "round": number, "summary": event})
         return state
 

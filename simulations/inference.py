@@ -14,6 +14,7 @@ import numpy as np
 
 from clients.app import resident_base
 from fedlora.adapter import Array
+from fedlora.at_rest import key_from_environment
 from fedlora.base import Base
 from fedlora.config import RunConfig, task_config
 from fedlora.continual.router import fit
@@ -91,7 +92,7 @@ def newest(config: RunConfig, folder: Path) -> GlobalState:
     """
     if not config.tasks:
         raise ConfigError(f"{folder} was trained without tasks: leave --task and --without out")
-    found = latest(folder / "checkpoints")
+    found = latest(folder / "checkpoints", key=key_from_environment())
     if found is None:
         raise ConfigError(f"{folder} has no checkpoint, which holds its tasks: run it, or copy checkpoints/ as well")
     if not found[1].tasks:

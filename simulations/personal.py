@@ -16,6 +16,7 @@ import numpy as np
 from clients.app import encoded, resident_base, stable_id
 from clients.memory import Memory
 from fedlora.adapter import Adapter, Array, Factors
+from fedlora.at_rest import key_from_environment
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError
 from fedlora.evaluation.score import score
@@ -39,7 +40,7 @@ def export_personal(config: RunConfig, folder: Path) -> None:
     A personal adapter is what a client has on top of the global one: B (and a head) that it kept, with the A it kept
     or, under fedsa-lora, the leading rows of the shared one. A client that took no part has none.
     """
-    found = latest(folder / "checkpoints")
+    found = latest(folder / "checkpoints", key=key_from_environment())
     assert found is not None  # the run has ended
     state, run = found[1], (folder / "run-id").read_text().strip()
     kept_in, done = folder / "clients" / run, folder / "clients" / f".done-{run}"

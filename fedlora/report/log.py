@@ -162,6 +162,7 @@ class RoundEvent(TypedDict):
     tasks: NotRequired[list[str]]  # that were trained
     border: NotRequired[Border]
     version: NotRequired[int]
+    state: NotRequired[str]  # SHA-256 of the state after the round, see `fedlora.provenance.state_digest`
     seconds: NotRequired[float]
     clients: NotRequired[list[ClientRound]]
     aggregate: NotRequired[Aggregate]

@@ -102,3 +102,17 @@ def test_an_evaluation_needs_no_rows_but_not_fewer() -> None:
 def test_plain_is_one_printable_line() -> None:
     assert plain("a\nb\x1b[0m\u202ec" + "d" * 50, 12) == "a b [0m cddd"
     assert plain(json.loads('"\\ud800"'), 5) == " "
+
+
+def test_a_measurement_has_rows_and_no_negative_squares() -> None:
+    asked = Header(run="r", round=1, client="c", kind="measure")
+    shapes = {"energy:q": (1,), "sketch:q": (2, 2)}
+
+    def said(energy: float, examples: int) -> bytes:
+        arrays = {"energy:q": np.array([energy], np.float32), "sketch:q": np.full((2, 2), -1, np.float32)}
+        return encode_answer(asked, Answer(examples=examples, arrays=arrays))
+
+    assert admit(said(2.0, 3), asked, expected=shapes, max_bytes=10**6).examples == 3
+    for energy, examples, why in ((-1.0, 3, "sums of squares have none below 0"), (2.0, 0, "weight must be from 1")):
+        with pytest.raises(AnswerRejected, match=why):
+            admit(said(energy, examples), asked, expected=shapes, max_bytes=10**6)

@@ -64,9 +64,9 @@ def states(monkeypatch: pytest.MonkeyPatch) -> dict[int, GlobalState]:
     seen: dict[int, GlobalState] = {}
     save = checkpoint.save
 
-    def spy(folder: Path, number: int, state: GlobalState) -> Path:
+    def spy(folder: Path, number: int, state: GlobalState, *, key: bytes | None = None) -> Path:
         seen[number] = state
-        return save(folder, number, state)
+        return save(folder, number, state, key=key)
 
     monkeypatch.setattr("server.checkpoint.save", spy)
     return seen

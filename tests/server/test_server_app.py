@@ -55,7 +55,8 @@ def test_the_server_app_goes_on_with_its_own_run_only(
     one, folder = lab(), tmp_path / "run"
     released: list[tuple[str, int]] = []
     monkeypatch.setattr(
-        "server.app.release", lambda folder, state, config, run, rounds: released.append((run, state.version))
+        "server.app.release",
+        lambda folder, state, config, run, events, signing_key: released.append((run, state.version)),
     )
     config = one.config("evaluation.server=false")
     main(one.grid, context(config, out=str(folder)))
@@ -77,7 +78,7 @@ def test_a_release_has_the_lowest_rank_that_holds_the_update(tmp_path: Path, ran
     blocks = tuple(Block(adapter=Adapter({"q": Factors(a, b, s)}), born=i) for i, s in enumerate((0.5, 0.75)))
     layout = Layout(modules={"q": Module(out=9, inp=5)})
     state = GlobalState(version=2, base="x", layout=layout, tasks={"": Task(name="", blocks=blocks)})
-    release(tmp_path, state, load_config(None, []), run="a-run", rounds=2)
+    release(tmp_path, state, load_config(None, []), run="a-run", events=[])
     released, _ = bridge.load_adapter(tmp_path / "adapter")
     assert released.ranks == {"q": min(rank, 5)}
     np.testing.assert_allclose(released["q"].dense(), 1.25 * b.astype(np.float64) @ a, atol=1e-4)
