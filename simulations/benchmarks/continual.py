@@ -102,7 +102,7 @@ def figures(events: list[dict[str, Any]], order: list[str]) -> dict[str, float]:
     rows = [[e["border"]["server"][task]["score"] for task in order] for e in rounds if "border" in e]
     found: dict[str, float] = {}
     last = rounds[-1]["border"]["inference"]
-    for name in ("summed", "known", "open", "routed", "routing"):
+    for name in ("summed", "known", "open", "weighed", "routed", "routing"):
         if name in last:
             found[name] = 100 * mean(last[name][task]["score"] for task in order)
     found |= {f"final {task}": 100 * score for task, score in zip(order, rows[-1], strict=True)}
@@ -127,6 +127,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         "plasticity": "mean diagonal",
         "known": "AA, id for adapters too",
         "open": "AA, no id",
+        "weighed": "AA, no id, tasks weighed",
         "routed": "AA, routed",
         "routing": "task found",
         "up": "MB up",
