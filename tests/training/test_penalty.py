@@ -15,7 +15,7 @@ from fedlora.adapter import Adapter, Factors
 from fedlora.base import Base
 from fedlora.data.rows import TokenRow
 from fedlora.errors import TrainingError
-from fedlora.state import Ask, Block, Header, Layout, LocalTraining, Module, Subspace, TrainPlan
+from fedlora.state import Ask, Block, Header, Layout, LocalTraining, Module, Overlap, Subspace, TrainPlan
 from fedlora.training.local import train_client
 from fedlora.training.penalty import penalties
 from fedlora.training.start import check_plan
@@ -272,10 +272,12 @@ def test_training_lowers_the_overlap_also_in_a_subspace(
         f"N:{n}": np.linalg.qr(g.normal(size=(m.inp, 8)))[0].T.astype(np.float32)
         for n, m in base.layout.modules.items()
     }
-    plan = replace(plan, overlap_form="normalised", against=1, training=replace(plan.training, local_steps=25))
+    plan = replace(plan, against=1, training=replace(plan.training, local_steps=25))
 
     def overlap(weight: float, subspace: Subspace | None) -> float:
-        ask = Ask(plan=replace(plan, overlap=weight), blocks=(block,), subspace=subspace, arrays=arrays)
+        form: Overlap = "squared" if subspace else "normalised"
+        one = replace(plan, overlap=weight, overlap_form=form)
+        ask = Ask(plan=one, blocks=(block,), subspace=subspace, arrays=arrays)
         answer = train_client(base, header(base), ask, rows, threads=1)
         total = 0.0
         for n in base.layers:
@@ -285,3 +287,15 @@ def test_training_lowers_the_overlap_also_in_a_subspace(
 
     for subspace in (None, Subspace(dim=8)):
         assert overlap(10.0, subspace) < 0.3 * overlap(0.0, subspace)
+
+
+def test_the_normalised_form_is_refused_where_rows_of_the_basis_have_other_lengths(
+    load: Load, rows: list[TokenRow], plan: TrainPlan, header: MakeHeader
+) -> None:
+    base = load("llama")
+    g = np.random.default_rng(0)
+    arrays = {f"N:{n}": g.normal(size=(8, m.inp)).astype(np.float32) for n, m in base.layout.modules.items()}
+    one = replace(plan, against=1, overlap=1.0, overlap_form="normalised")
+    ask = Ask(plan=one, blocks=(sealed_small(base),), subspace=Subspace(dim=8), arrays=arrays)
+    with pytest.raises(TrainingError, match="needs a basis of orthonormal rows"):
+        train_client(base, header(base), ask, rows, threads=1)
