@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from fedlora.adapter import Adapter, Array, Factors
 from fedlora.config import MethodConfig
 from fedlora.errors import MethodError
-from fedlora.rng import public_normal, stream
+from fedlora.rng import public_normal, public_orthonormal, stream
 from fedlora.state import (
     Answer,
     Ask,
@@ -172,6 +172,38 @@ def largest(members: Sequence[Member], method: str) -> Member:
     if not members:
         raise MethodError(f"{method}: no client is enrolled, so there is no rank to open a state with")
     return min(members, key=lambda m: (-m.rank, m.id))
+
+
+def orthonormal_pair(
+    layout: Layout, members: Sequence[Member], settings: MethodConfig, seed: int, method: str
+) -> Adapter:
+    """A public orthonormal A `[rank, in]`, B `[out, rank]` zero, of the rank and scale of the largest member (or
+    `task_rank`): where A is the factor that stands still.
+
+    Raises: MethodError for no client, an embedding, or a rank above a module's inputs.
+    """
+    first = largest(members, method)
+    rank = settings.task_rank or first.rank
+    pairs: dict[str, Factors] = {}
+    for name, module in layout.modules.items():
+        if module.kind == "embedding":
+            raise MethodError(
+                f"{method}: {name} is an embedding, where A is the factor that starts at zero: freezing it would train "
+                "nothing. Leave embeddings out of model.target_modules, or use flora or fedit"
+            )
+        a = orthonormal_rows(rank, name, module, seed, method)
+        pairs[name] = Factors(a, np.zeros((module.out, rank), np.float32), first.scale)
+    return Adapter(pairs)
+
+
+def orthonormal_rows(rank: int, name: str, module: Module, seed: int, method: str) -> NDArray[np.float32]:
+    """The public A `[rank, in]` of one module, float32. Raises: MethodError for a rank above its inputs."""
+    if rank > module.inp:
+        raise MethodError(
+            f"{method}: rank {rank} is above the {module.inp} inputs of {name}, and there are no more orthonormal rows "
+            "than that. Lower lora.ranks or method.task_rank, or leave the module out of model.target_modules"
+        )
+    return public_orthonormal(seed, "basis", name, rows=rank, cols=module.inp).astype(np.float32)
 
 
 def fresh_a(rows: int, module: Module, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -333,6 +365,8 @@ __all__ = [
     "moved",
     "new_head",
     "opened",
+    "orthonormal_pair",
+    "orthonormal_rows",
     "pair_arrays",
     "pair_from",
     "pair_of",

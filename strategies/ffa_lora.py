@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from fedlora.adapter import Adapter, Array, Factors, norm
 from fedlora.config import MethodConfig
 from fedlora.errors import MethodError
-from fedlora.rng import public_normal, public_orthonormal
+from fedlora.rng import public_normal
 from fedlora.state import Ask, GlobalState, Layout
 from strategies.base import (
     Closed,
@@ -44,9 +44,9 @@ from strategies.base import (
     head_sums,
     in_order,
     keyed,
-    largest,
     moved,
     opened,
+    orthonormal_pair,
     pair_of,
     part,
     plan_for,
@@ -58,23 +58,7 @@ NAME = "ffa-lora"
 
 def open_state(base: str, layout: Layout, members: Sequence[Member], settings: MethodConfig, seed: int) -> GlobalState:
     """Orthonormal A, B zero. Raises: MethodError for an embedding, or a rank above a module's inputs."""
-    first = largest(members, NAME)
-    rank = settings.task_rank or first.rank
-    pairs: dict[str, Factors] = {}
-    for name, module in layout.modules.items():
-        if module.kind == "embedding":
-            raise MethodError(
-                f"{NAME}: {name} is an embedding, where A is the factor that starts at zero: freezing it would train "
-                "nothing. Leave embeddings out of model.target_modules, or use flora or fedit"
-            )
-        if rank > module.inp:
-            raise MethodError(
-                f"{NAME}: rank {rank} is above the {module.inp} inputs of {name}, and there are no more orthonormal "
-                "rows than that. Lower lora.ranks or method.task_rank, or leave the module out of model.target_modules"
-            )
-        a = public_orthonormal(seed, "basis", name, rows=rank, cols=module.inp).astype(np.float32)
-        pairs[name] = Factors(a, np.zeros((module.out, rank), np.float32), first.scale)
-    return opened(base, layout, seed, pair=Adapter(pairs), public_seed=seed)
+    return opened(base, layout, seed, pair=orthonormal_pair(layout, members, settings, seed, NAME), public_seed=seed)
 
 
 def protocol(state: GlobalState, cohort: Cohort) -> Round:

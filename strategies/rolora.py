@@ -37,7 +37,7 @@ import numpy as np
 from fedlora.adapter import Adapter, Array, Factors, norm
 from fedlora.config import MethodConfig
 from fedlora.errors import MethodError
-from fedlora.rng import public_normal, public_orthonormal
+from fedlora.rng import public_normal
 from fedlora.state import Ask, GlobalState, Layout, Part
 from strategies.base import (
     Closed,
@@ -53,6 +53,7 @@ from strategies.base import (
     largest,
     moved,
     opened,
+    orthonormal_rows,
     pair_arrays,
     pair_of,
     part,
@@ -77,13 +78,8 @@ def open_state(base: str, layout: Layout, members: Sequence[Member], settings: M
         a, b = np.zeros((rank, module.inp), np.float32), np.zeros((module.out, rank), np.float32)
         if module.kind == "embedding":
             b = public_normal(seed, "basis-b", name, shape=b.shape).astype(np.float32)
-        elif rank > module.inp:
-            raise MethodError(
-                f"{NAME}: rank {rank} is above the {module.inp} inputs of {name}, and there are no more orthonormal "
-                "rows than that. Lower lora.ranks or method.task_rank, or leave the module out of model.target_modules"
-            )
         else:
-            a = public_orthonormal(seed, "basis", name, rows=rank, cols=module.inp).astype(np.float32)
+            a = orthonormal_rows(rank, name, module, seed, NAME)
         pairs[name] = Factors(a, b, first.scale)
     return opened(base, layout, seed, pair=Adapter(pairs), memory={NAME: {PHASE: np.zeros(1, np.float32)}})
 
