@@ -212,6 +212,7 @@ def examples(tmp_path: Path) -> Path:
     return tmp_path / "rows.jsonl"
 
 
+@pytest.mark.slow
 def test_lorahub_prefers_the_adapter_of_the_examples_skill(
     runs: tuple[Path, Path], examples: Path, tmp_path: Path
 ) -> None:
