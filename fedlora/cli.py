@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 app.add_typer(pki, name="pki")
 console = Console(highlight=False)
+aside = Console(stderr=True, highlight=False)  # what is going on, beside what was asked for
 
 Scenario = Annotated[
     Path | None,
@@ -107,6 +108,9 @@ def simulate(
     from simulations.simulate import simulate as run_simulation
 
     if resume is None:
+        if folder.exists():
+            open_run(folder, config)  # says so before anything is loaded
+        _loading(config)
         check(config)
         open_run(folder, config)
     with Display(console, config) as display:
@@ -430,6 +434,7 @@ def _side_by_side(config: Any, adapter: Path, prompts: Sequence[str], max_new_to
 def _by_task(config: Any, run: Path, prompts: Sequence[str], task: str | None, max_new_tokens: int) -> None:
     from simulations.inference import answers
 
+    _loading(config)
     said = answers(config, run, prompts, task=task, max_new_tokens=max_new_tokens)
     rows = [] if prompts else ["right answer"]
     table = Table("prompt", "task", "base", "tuned", *rows, show_lines=True)
@@ -438,6 +443,11 @@ def _by_task(config: Any, run: Path, prompts: Sequence[str], task: str | None, m
         cells = [one.prompt, found, one.base, one.tuned, *([one.right] if rows else [])]
         table.add_row(*(Text(c) for c in cells))
     console.print(table)
+
+
+def _loading(config: Any) -> None:
+    """Says that a model is being read, which can take a while."""
+    aside.print(f"loading {config.model.name} ...", style="dim", markup=False)
 
 
 def _attached(config: Any, folder: Path) -> tuple[Any, Callable[[], None], Callable[[], None]]:
@@ -449,6 +459,7 @@ def _attached(config: Any, folder: Path) -> tuple[Any, Callable[[], None], Calla
     from fedlora.training.attach import attach
     from fedlora.wire import blocks_id
 
+    _loading(config)
     base = load_base(config.model)
     adapter, head = load_adapter(folder)
     whole = Adapter({**zero_adapter(base.layout, 0), **adapter.folded()})  # modules the adapter leaves as they are
