@@ -202,7 +202,7 @@ def answers(
 def without_task(config: RunConfig, state: GlobalState, task: str) -> GlobalState:
     """The same state without the blocks of one task: its product is gone from W_eff, exactly, and nothing else is.
 
-    Heads and prototypes stay. What later tasks, which were trained on top of it, lose by that is to be measured.
+    Heads and the router stay. What later tasks, which were trained on top of it, lose by that is to be measured.
     Raises: ConfigError for a name that is none, or a way under which no task's part can be told from the others'.
     """
     way = config.continual.method
