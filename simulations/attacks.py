@@ -38,7 +38,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from numpy.typing import NDArray
 
-from clients.app import resident_base
+from clients.resident import resident_base
 from fedlora.adapter import Adapter, Array, Factors, padded, truncate
 from fedlora.base import Base
 from fedlora.config import AttackConfig, RunConfig

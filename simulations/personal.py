@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from clients.app import encoded, resident_base, stable_id
 from clients.memory import Memory
+from clients.resident import encoded, resident_base, stable_id
 from fedlora.adapter import Adapter, Array, Factors
 from fedlora.at_rest import key_from_environment
 from fedlora.config import RunConfig

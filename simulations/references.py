@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from clients.app import encoded, resident_base, stable_id, threads
+from clients.answer import threads
+from clients.resident import encoded, resident_base, stable_id
 from fedlora.adapter import Adapter, Array, Factors
 from fedlora.base import Base
 from fedlora.config import RunConfig, local_training

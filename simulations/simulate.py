@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from clients.app import app as client_app
-from clients.app import encoded, reply, resident_base
+from clients.app import reply
+from clients.resident import encoded, resident_base
 from fedlora.config import RunConfig, flat, task_config
 from fedlora.continual.tasks import legs, task_names
 from fedlora.data import test_rows

@@ -27,7 +27,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from clients.app import resident_base
+from clients.resident import resident_base
 from fedlora.adapter import Adapter, Factors
 from fedlora.base import Base
 from fedlora.composing import Source, few_shot_loss, read_source

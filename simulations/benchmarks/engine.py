@@ -13,7 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from clients.app import app, resident_base
+from clients.app import app
+from clients.resident import resident_base
 from fedlora.config import RunConfig, flat, load_config
 from fedlora.report.log import read_log
 from server.app import open_run, run

@@ -26,7 +26,7 @@ from statistics import mean
 import numpy as np
 from numpy.typing import NDArray
 
-from clients.app import resident_base
+from clients.resident import resident_base
 from fedlora.adapter import Array, Factors
 from fedlora.config import AttackConfig, MethodConfig, RobustConfig, RunConfig, load_config
 from fedlora.errors import RoundFailed

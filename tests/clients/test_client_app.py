@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
+from clients import answer as answering
 from clients import app as client
 from fedlora.code import code_digest
 from fedlora.config import flat, load_config
@@ -39,8 +40,8 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Header]:
         client, "resident_base", lambda model: SimpleNamespace(fingerprint=BASE, layout=LAYOUT, initial_head={})
     )
     monkeypatch.setattr(client, "encoded", lambda config, index, task="": ([], []))
-    monkeypatch.setattr(client, "train_client", train)
-    monkeypatch.setattr(client, "attach", lambda *args: None)
+    monkeypatch.setattr(answering, "train_client", train)
+    monkeypatch.setattr(answering, "attach", lambda *args: None)
     return seen
 
 
@@ -126,7 +127,7 @@ def test_what_training_refuses_travels_back_and_is_not_kept(
     def stop(*args: Any, **kwargs: Any) -> Answer:
         raise error
 
-    monkeypatch.setattr(client, "train_client", stop)
+    monkeypatch.setattr(answering, "train_client", stop)
     header, answer, _ = ask(grid_in(tmp_path), ASK)
     assert (header.kind, answer.info) == ("error", {"error": type(error).__name__, "message": str(error)})
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clients import app as client
+from clients import resident as client
 from fedlora.config import RunConfig, load_config
 from fedlora.continual.tasks import JOINT
 from fedlora.data import ClientRows

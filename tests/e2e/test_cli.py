@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from clients.app import resident_base
+from clients.resident import resident_base
 from fedlora.cli import app
 from fedlora.config import RunConfig
 from fedlora.errors import ConfigError, DataError, FedLoRAError

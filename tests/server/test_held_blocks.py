@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clients.app import whole_blocks
+from clients.answer import whole_blocks
 from clients.memory import Memory
 from fedlora.adapter import stack
 from fedlora.errors import BlocksMissing

@@ -13,7 +13,7 @@ from flwr.app import Array as FlowerArray
 from flwr.app import ArrayRecord, Context, Message, MessageType, RecordDict
 from numpy.typing import NDArray
 
-from clients.app import encoded
+from clients.resident import encoded
 from fedlora.adapter import Adapter, Array
 from fedlora.config import AttackConfig, MethodConfig, RunConfig, flat, load_config
 from fedlora.data.rows import Row, TokenRow
