@@ -23,9 +23,10 @@ from safetensors.numpy import load, save
 
 from fedlora.errors import BlocksMissing, CheckpointError, WireError
 from fedlora.state import Block
-from fedlora.wire import decode_block, encode_block
+from fedlora.wire import decode_block, digests_id, encode_block
 
 _PLAIN = re.compile(r"[A-Za-z0-9_-]{1,100}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _DIGEST = 32  # bytes
 
 
@@ -40,11 +41,17 @@ class Memory:
         self._folder = root / _safe(run) / _safe(client)
 
     def recall(self, ask: bytes) -> bytes | None:
-        """The answer given to exactly this ask, or None, also where a crash tore what was kept."""
+        """The answer given to exactly this ask, or None, also where a crash tore what was kept.
+
+        Raises: CheckpointError if there is something that cannot be read.
+        """
+        path = self._folder / "answer"
         try:
-            data = (self._folder / "answer").read_bytes()
+            data = path.read_bytes()
         except FileNotFoundError:
             return None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}; mend that") from error
         answer = data[2 * _DIGEST :]
         kept = data[: 2 * _DIGEST]
         return answer if kept == hashlib.sha256(ask).digest() + hashlib.sha256(answer).digest() else None
@@ -55,6 +62,19 @@ class Memory:
         Raises: CheckpointError if the disk refuses; the one before is intact.
         """
         self._write("answer", hashlib.sha256(ask).digest() + hashlib.sha256(answer).digest() + answer)
+
+    def last_round(self) -> int:
+        """The last round that was noted; 0 before the first. Raises: CheckpointError if what was kept is damaged."""
+        try:
+            return int((self._folder / "round").read_text())
+        except FileNotFoundError:
+            return 0
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self._folder / 'round'} cannot be read: {error}; delete it to go on") from error
+
+    def note_round(self, round_: int) -> None:
+        """Keep the number of the round that is being answered. Raises: CheckpointError if the disk refuses."""
+        self._write("round", str(round_).encode())
 
     def arrays(self, name: str, round_: int) -> dict[str, NDArray[np.floating]]:
         """What was kept under `name` after this client's last round before `round_`; empty if there was none.
@@ -91,6 +111,8 @@ class Memory:
         """
         try:
             digests = self._lists()[which]
+            if digests_id(digests) != which:
+                raise WireError("their list was changed")
             return tuple(self._block(digest) for digest in digests)
         except (OSError, ValueError, KeyError, WireError) as error:
             raise BlocksMissing(f"the blocks {which[:12]} are not held here ({error!r}); send them again") from error
@@ -124,8 +146,13 @@ class Memory:
                         pooled.unlink()
 
     def _lists(self) -> dict[str, list[str]]:
-        """Id -> digests of blocks, those asked for last at the end."""
-        lists: dict[str, list[str]] = json.loads((self._folder / "blocks").read_text())
+        """Id -> digests of blocks, those asked for last at the end. Raises: OSError; ValueError if it is damaged."""
+        try:
+            lists = json.loads((self._folder / "blocks").read_text())
+        except RecursionError as error:
+            raise ValueError("nested too deeply") from error
+        if not isinstance(lists, dict) or not all(map(_are_digests, lists.values())):
+            raise ValueError("no lists of digests")
         return lists
 
     def _block(self, digest: str) -> Block:
@@ -214,6 +241,10 @@ _CACHE = _Recent(limit=256 * 2**20)
 
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
+
+
+def _are_digests(found: object) -> bool:
+    return isinstance(found, list) and all(isinstance(x, str) and _SHA256.fullmatch(x) for x in found)
 
 
 def _safe(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -274,6 +275,7 @@ def _tasks_table(config: Any, run: Path, without: str | None) -> None:
         "routed": "task found",
         "open": "all classes",
         "weighed": "weighed",
+        "mixed": "mixed",
     }
     if config.model.task_type == "causal-lm":
         del heads["open"]  # no classes: the same as all adapters
@@ -334,7 +336,7 @@ def generate(
         str | None,
         typer.Option(
             help="With tasks: a name; `all`, every adapter at once; `auto`, the task that each prompt is most like "
-            "(if nothing is said, and it can be found)."
+            "(if nothing is said, and it can be found); `mix`, the two likeliest, each as much as it is likely."
         ),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
@@ -440,6 +442,8 @@ def _by_task(config: Any, run: Path, prompts: Sequence[str], task: str | None, m
     table = Table("prompt", "task", "base", "tuned", *rows, show_lines=True)
     for one in said:
         found = f"{one.task}, not {one.of}" if one.of and one.task not in ("all", one.of) else one.task
+        if one.shares:
+            found += ": " + ", ".join(f"{name} {share:.0%}" for name, share in one.shares.items())
         cells = [one.prompt, found, one.base, one.tuned, *([one.right] if rows else [])]
         table.add_row(*(Text(c) for c in cells))
     console.print(table)
@@ -487,6 +491,43 @@ def _tuned(run: Path, model: str | None, sets: Sequence[str] | None) -> tuple[An
             raise ConfigError(f"{run} is an adapter, not a run: say which base it is for with --model")
         return load_config(None, options), run
     raise ConfigError(f"{run} is neither a run folder (config.toml) nor a PEFT adapter folder (adapter_config.json)")
+
+
+@app.command()
+def server(
+    config: Annotated[Path, typer.Option("--config", help="The server's deploy.toml; see docs/DEPLOYMENT.md.")],
+) -> None:
+    """Serve real nodes over TLS: start Flower, conduct the run, end when its adapter is there.
+
+    Exit status 0 when the run is done, 3 when it paused and can be gone on with, 1 for everything else.
+    """
+    from fedlora.deploy import read_deploy
+    from server.serve import serve
+
+    outcome = serve(read_deploy(config), config, notify=_step)
+    _step({"event": outcome.state, "detail": outcome.detail})
+    if outcome.state != "done":
+        raise typer.Exit(3 if outcome.state in ("paused", "stopped") else 1)
+
+
+@app.command()
+def node(
+    config: Annotated[Path, typer.Option("--config", help="The node's node.toml; see docs/DEPLOYMENT.md.")],
+    part: Annotated[str, typer.Option(help="both, worker or relay: the halves may run under two users.")] = "both",
+) -> None:
+    """Be a node: hold the data and the base, train what the operator signed, until stopped."""
+    from clients.node import PARTS, serve
+    from fedlora.deploy import read_node
+
+    if part not in PARTS:
+        raise ConfigError(f"--part: one of {', '.join(PARTS)}, got {part!r}")
+    serve(read_node(config), config, part=part, notify=_step)
+
+
+def _step(event: Mapping[str, Any]) -> None:
+    """One line of a server's or node's log: the time, what happened, and the rest as key=value."""
+    rest = " ".join(f"{k}={v}" for k, v in event.items() if k != "event")
+    aside.print(f"{datetime.now():%H:%M:%S} {event['event']} {rest}".rstrip(), markup=False, soft_wrap=True)
 
 
 def _shipped(scenario: Path | None) -> Path | None:

@@ -285,6 +285,9 @@ class RoundsConfig(_Section):
     quorum: Annotated[float, Field(gt=0, le=1)] = Field(0.5, description="share of those asked that must answer")
     deadline: Annotated[float, Field(gt=0)] = Field(3600.0, description="seconds per round")
     retries: int = Field(1, ge=0, description="times a round below quorum is repeated before the run pauses")
+    quarantine: int = Field(
+        3, ge=0, description="answers of a client refused for what they are, after which it is asked no more; 0: never"
+    )
     in_flight: Positive = Field(64, description="asks sent and not yet answered, at most; bounds the server's memory")
 
 

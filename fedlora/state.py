@@ -325,6 +325,7 @@ class Ask:
     """
 
     task: str = ""  # whose rows and settings the client uses; empty in a run without tasks
+    settings: str = ""  # deployed: what the run tells its nodes, see `fedlora.shared_settings`
     plan: TrainPlan | None = None  # None but for training
     measure: Measure | None = None
     subspace: Subspace | None = None  # the A of plan and arrays are coordinates in it

@@ -91,6 +91,7 @@ def encode_ask(header: Header, ask: Ask, codec: Codec = "float32", *, shared: Bl
     values = {
         "header": asdict(header),
         "task": ask.task,
+        "settings": ask.settings,
         "plan": None if ask.plan is None else asdict(ask.plan),
         "measure": None if ask.measure is None else asdict(ask.measure),
         "subspace": None if ask.subspace is None else asdict(ask.subspace),
@@ -108,13 +109,14 @@ def encode_ask(header: Header, ask: Ask, codec: Codec = "float32", *, shared: Bl
 
 def decode_ask(data: bytes, *, max_bytes: int) -> tuple[Header, Ask]:
     """The header and ask of a message; arrays float32. Raises: WireError saying what is wrong with the bytes."""
-    names = {"header", "task", "plan", "measure", "subspace", "blocks", "on", "whole", "public", "personal", "frozen"}
-    names |= {"codec", "packed"}
+    names = {"header", "task", "settings", "plan", "measure", "subspace", "blocks", "on", "whole", "public", "personal"}
+    names |= {"frozen", "codec", "packed"}
     values, tables = open_message(data, "ask", max_bytes, names, bodies=2)
     own, shared = _arrays_in(tables, values)
     frozen = from_json(Mapping[str, float] | None, values["frozen"], "frozen")
     ask = Ask(
         task=from_json(str, values["task"], "task"),
+        settings=from_json(str, values["settings"], "settings"),
         plan=from_json(TrainPlan | None, values["plan"], "plan"),
         measure=from_json(Measure | None, values["measure"], "measure"),
         subspace=from_json(Subspace | None, values["subspace"], "subspace"),

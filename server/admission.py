@@ -19,6 +19,10 @@ _SUMS = {"correct", "counted", "loss", "tokens"}
 _RULES = {"base": "other base", "code": "other code"}
 
 
+class ReportedError(AnswerRejected):
+    """No answer: the client says itself what went wrong. `rule` is the type of its error."""
+
+
 def plain(text: object, limit: int) -> str:
     """A client's text as one printable line of at most `limit` characters, fit for a terminal and a log."""
     return "".join(c if c.isprintable() else " " for c in str(text)[:limit])
@@ -44,7 +48,9 @@ def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]]
         if header.kind == "error":
             require_echo(replace(header, kind=asked.kind), asked)
             info = decode_answer(data, max_bytes=max_bytes, expected={})[1].info
-            raise refuse(plain(info.get("error", "error"), 100), plain(info.get("message", ""), 2000))
+            raise ReportedError(
+                asked.client, plain(info.get("error", "error"), 100), plain(info.get("message", ""), 2000)
+            )
         require_echo(header, asked)
         _, answer = decode_answer(data, max_bytes=max_bytes, expected=expected)
     except WireError as error:

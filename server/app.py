@@ -21,6 +21,7 @@ from fedlora.config import RunConfig, differences, load_config, task_config, to_
 from fedlora.continual.tasks import task_names
 from fedlora.errors import ConfigError
 from fedlora.report.log import read_log
+from server.channel import Channel
 from server.checkpoint import write_atomic
 from server.evaluate import TasksEvaluator
 from server.release import release
@@ -85,11 +86,21 @@ def run(
     notify: Callable[[dict[str, Any]], None],
     tasks_evaluator: TasksEvaluator | None = None,
     signing_key: Ed25519PrivateKey | None = None,
+    channel: Channel | None = None,
+    durable: bool = False,
 ) -> Path:
     """Conduct a run in a folder made by `open_run`, from its newest checkpoint on; returns the adapter's folder."""
     name = (folder / "run-id").read_text().strip()
     conductor = Conductor(
-        grid, config, folder, run=name, evaluator=evaluator, notify=notify, tasks_evaluator=tasks_evaluator
+        grid,
+        config,
+        folder,
+        run=name,
+        evaluator=evaluator,
+        notify=notify,
+        tasks_evaluator=tasks_evaluator,
+        channel=channel,
+        durable=durable,
     )
     state = conductor.conduct()
     return release(folder, state, config, run=name, events=read_log(folder), signing_key=signing_key)

@@ -22,6 +22,7 @@ from fedlora.rng import stream
 from fedlora.state import Answer, Ask, Header, Layout, part
 from fedlora.wire import ModuleKind, encode_ask
 from server.admission import admit, plain
+from server.channel import Channel, Plain
 from server.exchange import Asked, Failure, exchange
 from strategies.base import Member
 
@@ -61,8 +62,18 @@ class Hello:
 class Roster:
     """The clients of a run by stable id, agreed on one base and layout: those of the checkpoint, if there is one."""
 
-    def __init__(self, grid: Grid, config: RunConfig, run: str, *, base: str | None, layout: Layout | None) -> None:
+    def __init__(
+        self,
+        grid: Grid,
+        config: RunConfig,
+        run: str,
+        *,
+        base: str | None,
+        layout: Layout | None,
+        channel: Channel | None = None,
+    ) -> None:
         self._grid = grid
+        self._channel = channel or Plain()
         self._config = config
         self._run = run
         self._seen: set[int] = set()
@@ -99,10 +110,13 @@ class Roster:
         with another base, layout or code is refused. Raises: RoundFailed if no base or layout is the commonest.
         """
         online = set(self._grid.get_node_ids())
-        self.clients = {c: e for c, e in self.clients.items() if e.node in online}
+        trusted = self._channel.trusted()
+        revoked = [c for c in self.clients if trusted is not None and c not in trusted]
+        self.clients = {c: e for c, e in self.clients.items() if e.node in online and c not in revoked}
         self._seen &= online
         hellos: dict[int, Hello] = {}
-        refused = self._ask(sorted(online - self._seen), hellos)
+        refused = [Refusal(c, "revoked", "its key is no longer trusted") for c in revoked]
+        refused += self._ask(sorted(online - self._seen), hellos)
         self._agree(list(hellos.values()))
         for node, hello in sorted(hellos.items()):
             refusal = self._enrol(node, hello)
@@ -120,7 +134,12 @@ class Roster:
         layouts: dict[str, Layout] = {}  # one object for all who hold the same
         by_name = {f"node {n}": n for n in nodes}
         headers = {c: Header(run=self._run, round=0, client=c, kind="hello", code=code_digest()) for c in by_name}
-        asks = [Asked(c, n, partial(encode_ask, headers[c], Ask())) for c, n in by_name.items()]
+        ask = Ask(settings=self._channel.settings)
+
+        def payload(name: str) -> bytes:
+            return self._channel.sealed(name, encode_ask(headers[name], ask))
+
+        asks = [Asked(c, n, partial(payload, c)) for c, n in by_name.items()]
         for name, data, _ in exchange(
             self._grid,
             asks,
@@ -137,8 +156,13 @@ class Roster:
                 continue
             self._seen.add(node)
             try:
-                answer = admit(data, headers[name], expected=None, max_bytes=self._config.wire.max_bytes)
-                hello = _hello(answer)
+                limit = self._config.wire.max_bytes
+                signer, data = self._channel.opened(data, headers[name], layout="", max_bytes=limit)
+                hello = _hello(admit(data, headers[name], expected=None, max_bytes=limit))
+                if signer is not None and hello.id != signer:
+                    raise AnswerRejected(
+                        name, "other node", f"it calls itself {hello.id[:12]}, signed by {signer[:12]}"
+                    )
                 hellos[node] = replace(hello, layout=layouts.setdefault(hello.digest, hello.layout))
             except AnswerRejected as error:
                 refused.append(Refusal(name, error.rule, error.detail))

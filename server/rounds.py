@@ -43,7 +43,8 @@ from fedlora.state import (
 )
 from fedlora.wire import BlocksBody, decode_answer, encode_ask, encode_blocks
 from server import checkpoint
-from server.admission import admit
+from server.admission import ReportedError, admit
+from server.channel import Channel, Plain
 from server.evaluate import Evaluator, TasksEvaluator, evaluation_ask, summary
 from server.exchange import Asked, Failure, exchange
 from server.holdings import OWNER, Holdings, Offer
@@ -56,6 +57,7 @@ from strategies.streams import HEAD, blocks_known, blocks_of, head_of, streamed
 __all__ = ["SPOOL_MEMORY", "Conductor", "Evaluator", "Notify", "Tally", "evaluation_ask", "summary"]
 
 Notify = Callable[[dict[str, Any]], None]
+STRIKES = "strikes"  # in GlobalState.memory
 SPOOL_MEMORY = 256 * 2**20  # bytes of answers that one round may hold in memory before it spills to disk
 
 
@@ -67,12 +69,14 @@ class Tally:
     up: dict[str, int] = field(default_factory=dict)
     refused: list[Refusal] = field(default_factory=list)
     missing: set[str] = field(default_factory=set)
+    quarantined: set[str] = field(default_factory=set)
 
 
 class Conductor:
     """One run over one Grid, in one folder. `notify` hears of every step; if it raises, the run ends there.
 
-    `evaluator` scores a run without tasks, `tasks_evaluator` one with tasks.
+    `evaluator` scores a run without tasks, `tasks_evaluator` one with tasks. With `durable`, every accepted answer is
+    on disk before it counts, and a resumed run does not ask for it again.
     """
 
     def __init__(
@@ -85,8 +89,13 @@ class Conductor:
         evaluator: Evaluator | None,
         notify: Notify,
         tasks_evaluator: TasksEvaluator | None = None,
+        channel: Channel | None = None,
+        durable: bool = False,
     ) -> None:
         self._grid = grid
+        self._channel = channel or Plain()
+        self._durable = durable
+        self._strikes: dict[str, int] = {}  # client -> answers that were refused for what they are
         self._config = config
         self._checkpoints = folder / "checkpoints"
         self._spool = folder / "spool"
@@ -108,8 +117,8 @@ class Conductor:
         can be resumed); CheckpointError when the folder cannot be written or read.
         """
         started = time.monotonic()
-        shutil.rmtree(self._spool, ignore_errors=True)  # answers of a round that a crash cut short
         resumed = checkpoint.latest(self._checkpoints, key=self._key)
+        self._forget_answers(keep=f"{resumed[0] + 1 if resumed else 1:06d}-*" if self._durable else None)
         if resumed is not None and resumed[0] >= self._rounds and not self._personal_left():
             return resumed[1]
         roster = Roster(
@@ -118,6 +127,7 @@ class Conductor:
             self._run,
             base=resumed[1].base if resumed else None,
             layout=resumed[1].layout if resumed else None,
+            channel=self._channel,
         )
         roster.wait(self._notify, resumed=resumed is not None)
         tally = Tally()
@@ -139,6 +149,7 @@ class Conductor:
         else:
             done, state = resumed
         self._holdings = Holdings(state.memory.get(OWNER), codec=self._config.wire.down, versioned=not self._legs)
+        self._strikes = {c: int(x[0]) for c, x in state.memory.get(STRIKES, {}).items()}
         self._log.truncate_to(done)
         self._log.append(self._start_event(roster, done, tally.refused))
         self._notify({"event": "start", "clients": len(roster.clients), "rounds": self._rounds, "done": done})
@@ -159,7 +170,11 @@ class Conductor:
         began = time.monotonic()
         if not roster.clients:
             raise self._paused(number, f"round {number}: every client has left.")
-        members = sample(roster.members(), self._config, number)
+        tally.quarantined = {c for c in roster.clients if self._quarantined(c)}
+        there = tuple(m for m in roster.members() if m.id not in tally.quarantined)
+        if not there:
+            raise self._paused(number, f"round {number}: every client is in quarantine.")
+        members = sample(there, self._config, number)
         self._notify({"event": "round", "round": number, "clients": len(members)})
         event: dict[str, Any] = {"event": "round", "round": number, "clients": []}
         facts: Mapping[str, Mapping[str, float]] = {}
@@ -191,11 +206,16 @@ class Conductor:
             "bytes_up": sum(tally.up.values()),
             "refused": [vars(r) for r in sorted(tally.refused, key=lambda r: r.client)],
             "missing": sorted(tally.missing),
+            **({"quarantined": sorted(tally.quarantined)} if tally.quarantined else {}),
             "seconds": time.monotonic() - began,
         }
-        state = replace(state, memory={**state.memory, OWNER: self._holdings.memory()})
+        strikes = {c: np.array([n], np.float64) for c, n in sorted(self._strikes.items())}
+        memory = {k: x for k, x in state.memory.items() if k != STRIKES}
+        memory |= {OWNER: self._holdings.memory()} | ({STRIKES: strikes} if strikes else {})
+        state = replace(state, memory=memory)
         self._log.append(event)
         checkpoint.save(self._checkpoints, number, state, key=self._key)
+        self._forget_answers(keep=None)
         self._notify({"event": "closed", "round": number, "summary": event})
         return state
 
@@ -431,7 +451,7 @@ class Conductor:
         def decode(client: str, data: bytes) -> Answer:
             return decode_answer(data, max_bytes=wire.max_bytes, expected=expected(client))[1]
 
-        def payload(client: str) -> bytes:
+        def offered(client: str) -> Offer:
             if roster.clients[client].keeps:
                 plan = asks[client].plan
                 merge = plan is None or plan.against == 0  # a penalty is measured against each of them
@@ -439,15 +459,48 @@ class Conductor:
             else:  # the blocks as they are, so that its weights are bit for bit those of a client that holds them
                 offer = Offer(None, asks[client].blocks, "")
             offers[client] = offer
+            return offer
+
+        def payload(client: str) -> bytes:
+            offer = offered(client)
             ask = replace(asks[client], blocks=offer.blocks, on=offer.on, whole=offer.whole)
             key = tuple(map(id, ask.blocks))
             if key not in bodies:
                 bodies[key] = encode_blocks(ask.blocks, wire.down)
-            return encode_ask(replace(common, client=client), ask, wire.down, shared=bodies[key])
+            data = encode_ask(replace(common, client=client), ask, wire.down, shared=bodies[key])
+            return self._channel.sealed(client, data)
 
-        spool = Spool(self._spool, decode, memory_limit=SPOOL_MEMORY)
+        place = self._spool / f"{number:06d}-{attempt}-{kind}-{phase}"
+        spool = Spool(place, decode, memory_limit=SPOOL_MEMORY, durable=self._durable)
         told: dict[str, dict[str, Any]] = {}
-        here = [c for c in sorted(asks) if c in roster.clients]
+
+        def accept(client: str, answer: Answer) -> None:
+            if offers[client].whole:
+                self._holdings.accepted(client, offers[client])
+            measures = {"metrics": dict(answer.metrics)} if kind == "evaluate" else dict(answer.metrics)
+            told[client] = {**measures, "id": client, "examples": answer.examples}
+            self._notify(
+                {"event": "answer", "kind": kind, "round": number, "client": client, "metrics": answer.metrics}
+            )
+
+        def admitted(client: str, data: bytes) -> Answer:
+            return admit(data, replace(common, client=client), expected=expected(client), max_bytes=wire.max_bytes)
+
+        for client in sorted(asks):  # what was accepted before a crash stays accepted
+            held = spool.found(client) if client in roster.clients else None
+            if held is None:
+                continue
+            try:
+                answer = admitted(client, held)
+            except AnswerRejected as error:  # damaged on the disk: asked for again
+                self._notify({"event": "again", "round": number, "client": client, "reason": error.detail})
+                continue
+            tally.down.setdefault(client, 0)
+            tally.up[client] = tally.up.get(client, 0) + len(held)
+            offered(client)
+            spool.keep(client)
+            accept(client, answer)
+        here = [c for c in sorted(asks) if c in roster.clients and c not in told]
         gone = sorted(asks.keys() - roster.clients.keys())
         tally.missing.update(gone)
         self._refuse(tally, (Refusal(c, "node unavailable", "it left after the round began") for c in gone))
@@ -468,43 +521,58 @@ class Conductor:
             if isinstance(data, Failure):
                 if data.rule not in ("malformed", "second answer"):
                     tally.missing.add(client)
-                self._refuse(tally, [Refusal(client, data.rule, data.detail)])
+                self._refuse(tally, [Refusal(client, data.rule, data.detail)], strike=data.rule == "malformed")
                 continue
             tally.up[client] = tally.up.get(client, 0) + len(data)
+            asked = replace(common, client=client)
             try:
-                answer = admit(
-                    data, replace(common, client=client), expected=expected(client), max_bytes=wire.max_bytes
-                )
+                _, data = self._channel.opened(data, asked, layout=state.layout.digest, max_bytes=wire.max_bytes)
+                answer = admitted(client, data)
             except AnswerRejected as error:
                 if error.rule == BlocksMissing.__name__ and client not in again:
                     self._holdings.lost(client)
                     again.append(client)
                     self._notify({"event": "again", "round": number, "client": client, "reason": error.detail})
                 else:
-                    self._refuse(tally, [Refusal(client, error.rule, error.detail)])
+                    refusal = Refusal(client, error.rule, error.detail)
+                    self._refuse(tally, [refusal], strike=not isinstance(error, ReportedError))
                 continue
-            if offers[client].whole:
-                self._holdings.accepted(client, offers[client])
             spool.put(client, data)
-            measures = {"metrics": dict(answer.metrics)} if kind == "evaluate" else dict(answer.metrics)
-            told[client] = {**measures, "id": client, "examples": answer.examples}
-            self._notify(
-                {"event": "answer", "kind": kind, "round": number, "client": client, "metrics": answer.metrics}
-            )
+            accept(client, answer)
         return spool, [told[c] for c in sorted(told)]
 
     def _coded(self, ask: Ask) -> Ask:
-        """The ask with the codec that its answer travels in."""
+        """The ask with the settings that its client goes by, and the codec that its answer travels in."""
+        ask = replace(ask, settings=self._channel.settings)
         if ask.plan is None:
             return ask
         wire = self._config.wire
         top = wire.top if ask.plan.feedback == "product" else None
         return replace(ask, plan=replace(ask.plan, codec=wire.up, top=top))
 
-    def _refuse(self, tally: Tally, refusals: Iterable[Refusal]) -> None:
+    def _refuse(self, tally: Tally, refusals: Iterable[Refusal], *, strike: bool = False) -> None:
+        """Note who was refused. With `strike` it counts towards quarantine: what was sent was wrong, not late."""
         for refusal in refusals:
             tally.refused.append(refusal)
             self._notify({"event": "refused", **vars(refusal)})
+            if not strike:
+                continue
+            self._strikes[refusal.client] = self._strikes.get(refusal.client, 0) + 1
+            if self._strikes[refusal.client] == self._config.rounds.quarantine:
+                self._notify({"event": "quarantine", "client": refusal.client, "rule": refusal.rule})
+
+    def _quarantined(self, client: str) -> bool:
+        limit = self._config.rounds.quarantine
+        return bool(limit) and self._strikes.get(client, 0) >= limit
+
+    def _forget_answers(self, *, keep: str | None) -> None:
+        """Remove the spooled answers of rounds that are saved, all but those whose folder matches `keep`."""
+        if keep is None:
+            shutil.rmtree(self._spool, ignore_errors=True)
+            return
+        for folder in self._spool.glob("*"):
+            if not folder.match(keep):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def _start_event(self, roster: Roster, done: int, refused: list[Refusal]) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from fedlora.config import RunConfig, task_config
 from fedlora.errors import ConfigError
 
-__all__ = ["JOINT", "ONE_PAIR", "Leg", "legs", "replayed", "rounds_in_all", "task_names"]
+__all__ = ["JOINT", "ONE_PAIR", "Leg", "client_list", "legs", "replayed", "rounds_in_all", "task_names"]
 
 ONE_PAIR = ("sequential", "replay", "ewc")  # ways under which one pair goes on from task to task
 JOINT = "all-tasks"  # the one task of `continual.method = joint`
@@ -57,7 +57,7 @@ def legs(config: RunConfig) -> tuple[Leg, ...]:
         name, own = table["name"], task_config(config, table["name"])
         first = int(table.get("start", end + 1))
         end = first + (1 if config.continual.method == "nearest-mean" else own.rounds.count) - 1
-        clients = _clients(table["clients"]) if "clients" in table else None
+        clients = client_list(table["clients"]) if "clients" in table else None
         rank, dim = (int(table[key]) if key in table else None for key in ("rank", "continual.task_dim"))
         found.append(Leg(name=name, first=first, last=end, config=own, clients=clients, rank=rank, task_dim=dim))
     if not found:
@@ -86,8 +86,8 @@ def _span(leg: Leg) -> range:
     return range(leg.first, leg.last + 1)
 
 
-def _clients(text: str) -> tuple[str, ...]:
-    """Ids from a list; a number is the client of that index in a simulation."""
+def client_list(text: str) -> tuple[str, ...]:
+    """Ids from a list; a number is the client of that index in a simulation. Raises: ConfigError if it is no list."""
     try:
         items = json.loads(text) if text.lstrip().startswith("[") else [part.strip() for part in text.split(",")]
     except ValueError:

@@ -1,16 +1,18 @@
 """The run log: `metrics.jsonl`, one JSON event a line, on disk before the run goes on.
 
-An event ends with its newline: a last line without one was torn by a crash and does not count. Scores are shares from
-0 to 1, losses are means per answer token, sizes are bytes, times are seconds.
+An event ends with its newline: a last line without one was torn by a crash and does not count. The lines are a hash
+chain: `chain`, the last field of each, is the SHA-256 of the `chain` before it (of the first: nothing) and the line
+without it. Scores are shares from 0 to 1, losses are means per answer token, sizes are bytes, times are seconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal, NotRequired, TypedDict
@@ -226,6 +228,7 @@ class RunLog:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
+        self._chain = ""
         with _writing(self.path, "open the run log"):
             if self.path.exists():
                 data = self.path.read_bytes()
@@ -233,6 +236,7 @@ class RunLog:
                 if whole < len(data):
                     _log.warning("%s: the last line was torn by a crash and is cut away", self.path)
                     os.truncate(self.path, whole)
+                self._chain = _chain_of(data[:whole])
 
     def append(self, event: Event | dict[str, Any]) -> None:
         """Write one event and wait until it is on disk.
@@ -242,7 +246,7 @@ class RunLog:
         for where, value in _numbers(event, event["event"]):
             if not math.isfinite(value):
                 raise CheckpointError(f"{self.path}: {where} is {value}; leave out what could not be measured")
-        line = json.dumps(event, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        line, chain = _chained(event, self._chain)
         with _writing(self.path, f"write the {event['event']} event"):
             size = self.path.stat().st_size if self.path.exists() else 0
             try:
@@ -252,6 +256,7 @@ class RunLog:
                 if self.path.exists():
                     os.truncate(self.path, size)
                 raise
+        self._chain = chain
 
     def truncate_to(self, round: int) -> None:
         """Forget the rounds after `round` and the end of the run, as a resumed run must; all or nothing on disk.
@@ -270,15 +275,20 @@ class RunLog:
             and (event["event"] != "untrained" or i == untrained)
         ]
         new = self.path.with_suffix(".new")
+        lines, chain = b"", ""
+        for event in kept:
+            line, chain = _chained(event, chain)
+            lines += line
         with _writing(self.path, f"cut the run log to round {round}"):
             with new.open("wb", buffering=0) as file:
-                _write(file.fileno(), "".join(json.dumps(e, ensure_ascii=False) + "\n" for e in kept).encode())
+                _write(file.fileno(), lines)
             os.replace(new, self.path)
             folder = os.open(self.path.parent, os.O_RDONLY)
             try:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+        self._chain = chain
 
 
 def read_log(folder: Path) -> list[dict[str, Any]]:
@@ -297,6 +307,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     if torn:
         _log.warning("%s, line %d: torn by a crash, left out", path, len(lines) + 1)
     events: list[dict[str, Any]] = []
+    chain = ""
     for number, line in enumerate(lines, 1):
         try:
             event = json.loads(line, parse_constant=_refuse_constant)
@@ -307,8 +318,33 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
             raise CheckpointError(f"{path}, line {number}: no event of a run log: {line[:60].decode(errors='replace')}")
         if kind == "round" and not isinstance(event.get("round"), int):
             raise CheckpointError(f"{path}, line {number}: a round event without its number")
+        said = event.pop("chain", None)
+        if said is not None or chain:  # a log of an older fedlora has no chain
+            chain = _chained(event, chain)[1]
+            if said != chain:
+                raise CheckpointError(
+                    f"{path}, line {number}: this line, or the one before it, is not what was written (its chain "
+                    "differs); restore the log from a copy"
+                )
         events.append(event)
     return events
+
+
+def _chained(event: Mapping[str, Any], before: str) -> tuple[bytes, str]:
+    """One line with its link, and the link."""
+    text = json.dumps(event, ensure_ascii=False, allow_nan=False)
+    chain = hashlib.sha256(f"{before}{text}".encode()).hexdigest()
+    return f'{text[:-1]}, "chain": "{chain}"}}\n'.encode(), chain
+
+
+def _chain_of(lines: bytes) -> str:
+    """The link of the last of whole lines, empty where it has none; damage is `read_log`'s to find."""
+    last = lines.rstrip(b"\n").rpartition(b"\n")[2]
+    try:
+        event = json.loads(last) if last else {}
+    except ValueError:
+        return ""
+    return str(event.get("chain", "")) if isinstance(event, dict) else ""
 
 
 @contextmanager

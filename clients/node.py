@@ -1,0 +1,141 @@
+"""`fedlora node`: the node's worker and Flower's SuperNode with its executor, started, watched, started again, stopped.
+
+The worker holds all that is private. SuperNode, executor and the processes that the executor starts for every message
+hold the key that lets the node in at the SuperLink, and pass messages on.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from fedlora.deploy import NodeFile
+from fedlora.errors import FedLoRAError
+from fedlora.pki import load_certificate, load_private_key, load_public_key, node_id
+from fedlora.processes import Died, Notify, Program, Programs, private_folder, program_path
+
+__all__ = ["PARTS", "serve"]
+
+PARTS: Final = ("both", "worker", "relay")
+_START: Final = 120.0  # seconds in which the worker must listen
+_LOOK: Final = 0.5
+_UNKNOWN: Final = 305 % 256  # exit status of a SuperNode whose key the SuperLink does not know
+_OURS: Final = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+}
+
+
+def serve(node: NodeFile, path: Path, *, part: str, notify: Notify) -> None:
+    """Run a node until SIGTERM or SIGINT. `worker` and `relay` of `PARTS` are its halves, for two users of a machine.
+
+    Raises: FedLoRAError for keys that are wrong, and for a program that dies again and again; all is stopped then.
+    """
+    stopped: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    programs = Programs(restarts=node.restarts, notify=notify)
+    try:
+        if part != "relay":
+            _start_worker(node, path.resolve(), programs)
+        if part != "worker":
+            _start_relay(node, programs)
+        notify({"event": "serving", "part": part, "server": node.server})
+        while not stopped:
+            programs.look()
+            time.sleep(_LOOK)
+    finally:
+        programs.stop()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _start_worker(node: NodeFile, path: Path, programs: Programs) -> None:
+    signing = load_private_key(node.keys / "signing.key", "ed25519")
+    load_public_key(node.keys / "operator.pub", "ed25519")
+    private_folder(node.memory)
+    _state(node)
+    node.meeting.unlink(missing_ok=True)
+    programs.start(
+        Program(
+            name="worker",
+            command=[sys.executable, "-P", "-m", "clients.worker", str(path)],
+            log=node.state / "logs" / "worker.log",
+            environment={"TOKENIZERS_PARALLELISM": "false"},
+        )
+    )
+    end = time.monotonic() + _START
+    while not node.meeting.exists():
+        programs.look()
+        if time.monotonic() > end:
+            raise Died(f"the worker of node {node_id(signing.public_key())[:12]} does not listen; see its log")
+        time.sleep(0.1)
+
+
+def _start_relay(node: NodeFile, programs: Programs) -> None:
+    keys, state = node.keys, _state(node)
+    load_private_key(keys / "auth.key", "ec")
+    ca = load_certificate(keys / "ca.pem")
+    if ca.not_valid_after_utc < datetime.now(UTC):
+        raise FedLoRAError(f"{keys / 'ca.pem'}: the CA's certificate ended on {ca.not_valid_after_utc:%Y-%m-%d}")
+    secret = state / "executor.secret"
+    if not secret.exists():
+        with open(secret, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as file:
+            file.write(secrets.token_bytes(32))
+    home = private_folder(state / "flower")
+    here = str(Path(program_path("flower-supernode")).parent)
+    environment = {**_OURS, "FLWR_HOME": str(home)}
+    environment["PATH"] = f"{here}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+
+    def start(name: str, command: list[Any]) -> None:
+        programs.start(
+            Program(
+                name=name,
+                command=[program_path(str(command[0])), *map(str, command[1:])],
+                log=state / "logs" / f"{name}.log",
+                environment=environment,
+                hint=_hint if name == "supernode" else lambda status: "",
+            )
+        )
+
+    closed = ["--isolation", "process", "--superexec-auth-secret-file", secret]
+    start(
+        "supernode",
+        [
+            *("flower-supernode", "--root-certificates", keys / "ca.pem", "--superlink", node.server),
+            *("--auth-supernode-private-key", keys / "auth.key", "--host", "127.0.0.1", "--port", node.port),
+            *("--node-config", f'socket="{node.meeting}"', *closed),
+        ],
+    )
+    start(
+        "executor",
+        [
+            *("flower-superexec", "--insecure", "--runtime-api-address", f"127.0.0.1:{node.port}"),
+            *("--superexec-auth-secret-file", secret),
+        ],
+    )
+
+
+def _state(node: NodeFile) -> Path:
+    """The state folder; with a relay group it may be passed through, not read."""
+    if node.relay_group is None:
+        return private_folder(node.state)
+    node.state.mkdir(mode=0o711, parents=True, exist_ok=True)
+    return node.state
+
+
+def _hint(status: int) -> str:
+    if status == _UNKNOWN:
+        return "the SuperLink does not know this node's auth.key, or lists it as online already"
+    return ""
