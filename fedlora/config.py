@@ -288,6 +288,9 @@ class RoundsConfig(_Section):
     quarantine: int = Field(
         3, ge=0, description="answers of a client refused for what they are, after which it is asked no more; 0: never"
     )
+    max_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="refuse an update whose norm (Frobenius, of its product and head changes together) is above"
+    )
     in_flight: Positive = Field(64, description="asks sent and not yet answered, at most; bounds the server's memory")
 
 
@@ -652,6 +655,12 @@ def _method_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
             ("wire.top", "method.name"),
             f"flora and flexlora send products, which have leading directions; {name} sends changes of factors in a "
             f"common basis, got {wire.top}: leave it out, or use wire.up=int8 or int4",
+        )
+    if config.rounds.max_norm is not None and name == "fedsa-lora":
+        yield (
+            ("rounds.max_norm", "method.name"),
+            f"fedsa-lora's B stays with the clients, so nobody knows an update's norm: got {config.rounds.max_norm:g}; "
+            "leave it out, or use another method",
         )
     if config.personal.steps and name == "fedsa-lora":
         yield (

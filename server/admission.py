@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import numpy as np
 
+from fedlora.adapter import Adapter, Factors, norm
 from fedlora.errors import AnswerRejected, WireError
-from fedlora.state import Answer, Header
+from fedlora.state import Answer, Ask, Header, Layout, part
 from fedlora.wire import decode_answer, peek
+from strategies.gram import head_change_of, update_of
 
 MAX_EXAMPLES = 10**9  # rows of one client; more is a mistake or an attempt to own the mean
 MAX_VALUE = 1e6  # of a trained factor or head; far above any sane weight, far below what overflows float32 in a product
@@ -78,6 +81,26 @@ def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]]
     if wrong is not None:
         raise refuse("measures", plain(wrong, 400))
     return answer
+
+
+def require_norm(ask: Ask, answer: Answer, client: str, layout: Layout, bound: float) -> None:
+    """Refuse an update to a training ask whose norm is above `bound`.
+
+    The norm is Frobenius, in product space, over all modules of `layout` and the changes of heads: rescaled factors of
+    one product count the same (strategies/gram.py). Cost: O((out + in) r^2) a module.
+    Raises: AnswerRejected with the norm that came.
+    """
+    seen = layout if ask.subspace is None else layout.within(ask.subspace.dim)
+    update = update_of(ask, answer, seen)
+    designed = part(ask.arrays, "N")
+    if designed:
+        update = Adapter({n: Factors(f.a @ designed[n].astype(np.float64), f.b, f.scale) for n, f in update.items()})
+    heads = sum(float(np.sum(x**2)) for x in head_change_of(ask, answer).values())
+    size = math.sqrt(norm(update) ** 2 + heads)
+    if not size <= bound:
+        raise AnswerRejected(
+            client, "norm", f"its update has norm {size:.4g}, at most {bound:g} is taken (rounds.max_norm)"
+        )
 
 
 def require_echo(header: Header, asked: Header) -> None:

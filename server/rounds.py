@@ -43,7 +43,7 @@ from fedlora.state import (
 )
 from fedlora.wire import BlocksBody, decode_answer, encode_ask, encode_blocks
 from server import checkpoint
-from server.admission import ReportedError, admit
+from server.admission import ReportedError, admit, require_norm
 from server.channel import Channel, Plain
 from server.evaluate import Evaluator, TasksEvaluator, evaluation_ask, summary
 from server.exchange import Asked, Failure, exchange
@@ -484,7 +484,11 @@ class Conductor:
             )
 
         def admitted(client: str, data: bytes) -> Answer:
-            return admit(data, replace(common, client=client), expected=expected(client), max_bytes=wire.max_bytes)
+            asked = replace(common, client=client)
+            answer = admit(data, asked, expected=expected(client), max_bytes=wire.max_bytes)
+            if kind == "train" and self._config.rounds.max_norm is not None:
+                require_norm(asks[client], answer, client, state.layout, self._config.rounds.max_norm)
+            return answer
 
         for client in sorted(asks):  # what was accepted before a crash stays accepted
             held = spool.found(client) if client in roster.clients else None

@@ -505,3 +505,46 @@ def test_clients_share_their_shapes_and_blocks(lab: Any, fakes: Any, monkeypatch
     one.conduct("rounds.count=2", "method.name=flora", "rounds.in_flight=4")
     assert calls == {"shapes": 5, "blocks": 3}  # two ranks in two rounds and one evaluation; three sets of blocks
     assert one.grid.alive == 4
+
+
+@pytest.mark.parametrize("method", ["fedit", "flora", "ffa-lora", "fed-sb"])
+def test_an_update_beyond_the_norm_is_refused_whatever_its_factors(lab: Any, fakes: Any, method: str) -> None:
+    """Under `flora` half the A and twice the B is the same product, and as far as the bound goes the same update."""
+    sets = [f"method.name={method}", "rounds.count=1"]
+    plain = lab()
+    plain.conduct(*sets)
+    largest = max(c["norm"] for c in normed(lab, *sets).values())
+    one, other = lab(), lab()
+    one.conduct(*sets, f"rounds.max_norm={1.01 * largest}")
+    assert one.rounds[0]["refused"] == []
+    other.conduct(*sets, f"rounds.max_norm={0.99 * largest}")
+    [(_, rule, detail)] = other.refusals()
+    assert rule == "norm"
+    assert "at most" in detail
+
+
+def normed(lab: Any, *sets: str) -> dict[str, dict[str, float]]:
+    """By client the norm of its update, as the rule norm-bound reports it (an independent way: the Gram matrix)."""
+    one = lab()
+    one.conduct(*sets, "robust.rule=norm-bound", "robust.bound=1e9")
+    return {c["id"]: c for c in one.rounds[0]["clients"]}
+
+
+def test_rescaled_factors_do_not_pass_the_norm(lab: Any, fakes: Any) -> None:
+    def rescaled(arrays: dict[str, np.ndarray]) -> None:
+        for key in arrays:
+            arrays[key] = (arrays[key] * (1e-3 if key.startswith("A:") else 1e3)).astype(np.float32)
+
+    one, other = lab(), lab()
+    bound = 2.0 * max(c["norm"] for c in normed(lab, "method.name=flora", "rounds.count=1").values())
+    one.clients[BAD].train = fakes.changed(rescaled)
+    one.conduct("method.name=flora", "rounds.count=1", f"rounds.max_norm={bound}")
+    assert one.rounds[0]["refused"] == []
+
+    def enlarged(arrays: dict[str, np.ndarray]) -> None:
+        for key in arrays:
+            arrays[key] = (arrays[key] * (1e-3 if key.startswith("A:") else 1e6)).astype(np.float32)
+
+    other.clients[BAD].train = fakes.changed(enlarged)
+    other.conduct("method.name=flora", "rounds.count=1", f"rounds.max_norm={bound}")
+    assert [(c, r) for c, r, _ in other.refusals()] == [("client-00002", "norm")]
