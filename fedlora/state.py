@@ -20,6 +20,7 @@ import numpy as np
 
 from fedlora.adapter import Adapter, Array, Factors, stack
 from fedlora.errors import AdapterError
+from fedlora.privacy.accounting import Privacy
 
 Part = Literal["A", "B", "R", "head"]
 Codec = Literal["float32", "float16", "bfloat16", "int8", "int4"]
@@ -254,6 +255,7 @@ class TrainPlan:
     )
     top: int | None = None  # only so many leading directions of the product are sent; the rest waits in the error
     training: LocalTraining
+    privacy: Privacy | None = None  # of single rows, see fedlora/training/private.py; clip_norm then does nothing
     progress: tuple[float, float] = (0.0, 1.0)  # of the whole run, at the first and after the last local step
     seed: int = 0
 

@@ -28,6 +28,7 @@ from fedlora.training.attach import attach
 from fedlora.training.lora import Pair, to_tensor
 from fedlora.training.objective import counted, loss_sum
 from fedlora.training.penalty import penalties
+from fedlora.training.private import PrivateGradient
 from fedlora.training.schedule import rates
 from fedlora.training.start import Start, bases, check_plan, coordinates, start
 from fedlora.wire import blocks_id
@@ -98,6 +99,8 @@ def train_client(
         if kept is not None and plan.keep:
             kept.clear()
             kept.update(trained.own())
+    if plan.privacy is not None:  # losses, norms, counts and times are of private rows
+        return Answer(examples=1, metrics={"steps": float(progress.steps), "weight_change": change}, arrays=arrays)
     metrics = {**progress.metrics(), "weight_change": change, "seconds": time.perf_counter() - begin}
     return Answer(examples=len(rows), metrics=metrics, arrays=arrays)
 
@@ -240,6 +243,10 @@ class _Trained:
             assert grad is not None
             assert seen.grad is not None
             torch.mm(seen.grad, self.basis[name].t(), out=grad)
+        return self.press()
+
+    def press(self) -> dict[str, float]:
+        """Add the gradients of the penalties, which are of the factors alone. Returns their values."""
         return {name: press() for name, press in self.penalties.items()}
 
     def detach(self) -> None:
@@ -304,6 +311,7 @@ class _Progress:
     tokens: int = 0
     answer_tokens: int = 0
     rows: int = 0
+    steps: int = 0
     step_seconds: float = 0.0
 
     def metrics(self) -> dict[str, float]:
@@ -316,7 +324,7 @@ class _Progress:
             "tokens": float(self.tokens),
             "answer_tokens": float(self.answer_tokens),
             "rows": float(self.rows),
-            "steps": float(len(self.losses)),
+            "steps": float(self.steps),
             "step_seconds": self.step_seconds,
         }
 
@@ -342,6 +350,8 @@ def _run(
     )
     if t.optimizer_state == "keep":
         _restore(adam, trained, moments, who)
+    if plan.privacy is not None:
+        return _run_private(base, plan, rows, trained, adam, moments, total_steps, who)
     order = steps(
         rows,
         step_rows=t.batch_size * t.accumulation,
@@ -361,6 +371,7 @@ def _run(
                 f"{who}, step {i + 1} of {total_steps}: the loss is {loss} and its gradient's norm {norm}; nothing is "
                 f"sent. Lower training.learning_rate (now {t.learning_rate:g}), set clip_norm or a wider dtype"
             )
+        progress.steps += 1
         progress.losses.append((loss, count))
         progress.norms.append(norm)
         for name, value in pressed.items():
@@ -368,6 +379,46 @@ def _run(
         progress.tokens += sum(int(b.attention.sum()) for b in micro)
         progress.answer_tokens += count if base.task_type == "causal-lm" else 0
         progress.rows += sum(len(b.tokens) for b in micro)
+    if t.optimizer_state == "keep" and moments is not None:
+        moments.update({k: v.cpu().numpy().copy() for k, v in adam.state[trained.flat].items()})
+    return progress
+
+
+def _run_private(
+    base: Base,
+    plan: TrainPlan,
+    rows: Sequence[TokenRow],
+    trained: _Trained,
+    adam: torch.optim.AdamW,
+    moments: Moments | None,
+    total_steps: int,
+    who: str,
+) -> _Progress:
+    """DP-SGD; all that is kept of it is the trained factors and how many steps there were."""
+    t, progress = plan.training, _Progress()
+    assert plan.privacy is not None
+    private = PrivateGradient(
+        base,
+        {key: trained.now[key] for key in trained.shapes},
+        plan.privacy,
+        basis=trained.basis,
+        cores={name: core.left for name, core in trained.cores.items()},
+        autocast=t.autocast,
+        who=who,
+    )
+    overhead = OVERHEAD_CPU if base.device.type == "cpu" else OVERHEAD
+    trained.refresh()  # entering runs the layers
+    with private:
+        drawn = private.steps(rows, batch_size=t.batch_size, overhead=overhead, pad_id=base.pad_id)
+        for rate, micro in zip(rates(t, plan.progress, total_steps), drawn, strict=False):
+            adam.param_groups[0]["lr"] = rate
+            trained.refresh()
+            private.backward(micro)
+            trained.press()
+            adam.step()
+            progress.steps += 1
+    if not bool(trained.flat.isfinite().all()):
+        raise TrainingError(f"{who}: the noised factors are not finite; lower training.learning_rate")
     if t.optimizer_state == "keep" and moments is not None:
         moments.update({k: v.cpu().numpy().copy() for k, v in adam.state[trained.flat].items()})
     return progress

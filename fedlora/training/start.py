@@ -57,6 +57,12 @@ def check_plan(plan: TrainPlan, layout: Layout, who: str) -> None:
     _check_tail(plan, who)
     _check_penalties(plan, who)
     t = plan.training
+    if plan.privacy is not None and (t.local_steps is None or t.accumulation != 1):
+        raise TrainingError(
+            f"{who}: with example-level privacy the steps are fixed and each draws its own rows: set local_steps and "
+            f"accumulation 1, got local_epochs {t.local_epochs} and accumulation {t.accumulation}; batch_size only "
+            "bounds the rows worked on at a time"
+        )
     if (t.local_steps is None) == (t.local_epochs is None):
         raise TrainingError(
             f"{who}: exactly one of local_steps and local_epochs must be set, got {t.local_steps} and {t.local_epochs}"
