@@ -532,8 +532,9 @@ def normed(lab: Any, *sets: str) -> dict[str, dict[str, float]]:
 
 def test_rescaled_factors_do_not_pass_the_norm(lab: Any, fakes: Any) -> None:
     def rescaled(arrays: dict[str, np.ndarray]) -> None:
+        scales = {"A": 1e-3, "B": 1e3, "head": 1.0}
         for key in arrays:
-            arrays[key] = (arrays[key] * (1e-3 if key.startswith("A:") else 1e3)).astype(np.float32)
+            arrays[key] = (arrays[key] * scales[key.split(":")[0]]).astype(np.float32)
 
     one, other = lab(), lab()
     bound = 2.0 * max(c["norm"] for c in normed(lab, "method.name=flora", "rounds.count=1").values())
@@ -542,8 +543,9 @@ def test_rescaled_factors_do_not_pass_the_norm(lab: Any, fakes: Any) -> None:
     assert one.rounds[0]["refused"] == []
 
     def enlarged(arrays: dict[str, np.ndarray]) -> None:
+        scales = {"A": 1e-3, "B": 1e4, "head": 1.0}
         for key in arrays:
-            arrays[key] = (arrays[key] * (1e-3 if key.startswith("A:") else 1e6)).astype(np.float32)
+            arrays[key] = (arrays[key] * scales[key.split(":")[0]]).astype(np.float32)
 
     other.clients[BAD].train = fakes.changed(enlarged)
     other.conduct("method.name=flora", "rounds.count=1", f"rounds.max_norm={bound}")
