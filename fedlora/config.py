@@ -135,7 +135,7 @@ _READ_BY: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
 
 
 _FROZEN_A: Final = ("fed-sb", "fedsvd", "ffa-lora")
-_RESERVED: Final = {"all", "all-tasks", "auto"}
+_RESERVED: Final = {"all", "all-tasks", "auto", "mix"}
 _TASK_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}")
 
 

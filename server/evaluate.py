@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fedlora.adapter import Array
 from fedlora.config import RunConfig
-from fedlora.continual.router import fit, nearest_class
+from fedlora.continual.router import EXPERTS, fit, largest, nearest_class
 from fedlora.continual.router import task_names as seen_tasks
 from fedlora.state import Ask, Block, GlobalState, PublicPair, keyed
 from fedlora.wire import blocks_id
@@ -114,6 +114,20 @@ class TasksEvaluator(Protocol):
         ...
 
 
+def tasks_blocks(state: GlobalState, tasks: Sequence[str], way: str) -> tuple[tuple[Block, ...], NDArray[np.float64]]:
+    """The different blocks that these tasks know, and how often each task has each, `[tasks, blocks]`.
+
+    With weights p over tasks, `p @` that is what every block of a mixture counts: of a task's adapter as much as all
+    tasks that were trained on top of it together, which is 1 for the first; under `separate` its own task's weight.
+    """
+    held = [blocks_known(state, task, way) for task in tasks]
+    ids = [[blocks_id([block]) for block in blocks] for blocks in held]
+    named = {
+        name: block for names, blocks in zip(ids, held, strict=True) for name, block in zip(names, blocks, strict=True)
+    }
+    return tuple(named.values()), np.array([[float(names.count(name)) for name in named] for names in ids])
+
+
 class TaskRows:
     """Scores a run with tasks on the server's rows of each.
 
@@ -121,35 +135,60 @@ class TaskRows:
     task was sealed with, its adapter on top of those before it. `open`: all adapters, one head, all classes compete.
     `weighed`: the same, but each task's classes weigh as much as the task is likely by the router, which sees the
     frozen base's features alone. `routed`: the likeliest task decides adapters and head; `routing` is the share of rows
-    whose task was found.
+    whose task was found. `mixed`: the `experts` likeliest tasks, each as much as it is likely, mix their adapters for
+    every row and answer with their own heads, `p(class | row) = sum_t p_t p(class | row, task t)`, as a mixture of
+    experts does; for a row of which the router is sure this is `routed`.
     """
 
     __test__ = False  # not a pytest class
 
     def __init__(
-        self, base: Base, rows: Mapping[str, Sequence[TokenRow]], config: RunConfig, *, batch_size: int
+        self,
+        base: Base,
+        rows: Mapping[str, Sequence[TokenRow]],
+        config: RunConfig,
+        *,
+        batch_size: int,
+        experts: int = EXPERTS,
     ) -> None:
         self._base, self._rows, self._config, self._batch_size = base, rows, config, batch_size
+        self._experts = experts
         self._features: dict[str, NDArray[np.float32]] = {}
 
     def scores(self, state: GlobalState, names: Sequence[str]) -> dict[str, dict[str, float]]:
-        way = self._config.continual.method
-        if way == "nearest-mean":
+        if self._config.continual.method == "nearest-mean":
             return {n: self._nearest(state, n) for n in names}
+        return {n: self._score(*self._at_last(state, n), self._rows[n]) for n in names}
+
+    def right(self, state: GlobalState) -> dict[str, NDArray[np.bool_]]:
+        """What `scores` counts, row by row `[rows]`, of every task that has test rows."""
+        from fedlora.evaluation.score import outcomes
+        from fedlora.training.attach import attach
+
         found = {}
-        for name in names:
-            blocks = blocks_of(state, state.tasks.values())
-            if way == "separate":
-                blocks = blocks_known(state, name, way) if name in state.tasks else ()
-            found[name] = self._score(blocks, head_of(state, name, self._config), self._rows[name])
+        for name, rows in self._rows.items():
+            if self._config.continual.method == "nearest-mean":
+                found[name] = self._near(state, name, rows[0].choices)
+                continue
+            blocks, head = self._at_last(state, name)
+            attach(self._base, blocks, blocks_id(blocks), None, head)
+            found[name] = outcomes(self._base, rows, batch_size=self._batch_size).right
         return found
+
+    def _at_last(self, state: GlobalState, name: str) -> tuple[tuple[Block, ...], dict[str, Array]]:
+        """Everything that was learnt (under `separate` for this task alone), and the task's own head."""
+        way = self._config.continual.method
+        blocks = blocks_of(state, state.tasks.values())
+        if way == "separate":
+            blocks = blocks_known(state, name, way) if name in state.tasks else ()
+        return blocks, head_of(state, name, self._config)
 
     def inference(self, state: GlobalState) -> dict[str, dict[str, dict[str, float]]]:
         way, names = self._config.continual.method, list(self._rows)
         everything = blocks_of(state, state.tasks.values())
         head = joint_head(state, self._config)
         found: dict[str, dict[str, dict[str, float]]] = {
-            key: {} for key in ("summed", "known", "open", "weighed", "routed", "routing")
+            key: {} for key in ("summed", "known", "open", "weighed", "mixed", "routed", "routing")
         }
         beliefs = self._beliefs(state)
         for name in names:
@@ -170,6 +209,7 @@ class TaskRows:
             tasks, likely = beliefs[0], beliefs[1][name]
             if way != "separate" and rows[0].choices is not None:
                 found["weighed"][name] = self._weighed(everything, head, rows, tasks, likely)
+            found["mixed"][name] = self._mixed(state, rows, tasks, likely)
             to, right = np.array(tasks)[likely.argmax(1)], 0.0
             for other in sorted(set(to)):
                 moved = self._as_of(other, [rows[int(i)] for i in np.flatnonzero(to == other)])
@@ -199,11 +239,39 @@ class TaskRows:
         from fedlora.training.attach import attach
 
         attach(self._base, blocks, blocks_id(blocks), None, head)
-        logits = all_logits(self._base, rows, batch_size=self._batch_size).astype(np.float64)
-        shares = np.zeros(logits.shape)
+        logits = all_logits(self._base, rows, batch_size=self._batch_size)
+        return self._compete(np.repeat(logits[:, None], len(tasks), 1), rows, tasks, likely)
+
+    def _mixed(
+        self, state: GlobalState, rows: Sequence[TokenRow], tasks: Sequence[str], likely: NDArray[np.float64]
+    ) -> dict[str, float]:
+        """The likeliest tasks' adapters and heads, mixed for every row, in one forward pass."""
+        from fedlora.evaluation.score import all_logits, score
+        from fedlora.training.attach import mixture
+
+        blocks, known = tasks_blocks(state, tasks, self._config.continual.method)
+        heads = [head_of(state, task, self._config) for task in tasks]
+        weights = largest(likely, self._experts)
+        with mixture(self._base, blocks, known, weights, heads) as gates:
+            if not self._base.head:
+                return _share(score(self._base, rows, batch_size=self._batch_size, gates=gates))
+            logits = all_logits(self._base, rows, batch_size=self._batch_size, gates=gates)
+        return self._compete(logits, rows, tasks, weights)
+
+    def _compete(
+        self,
+        logits: NDArray[np.float32],
+        rows: Sequence[TokenRow],
+        tasks: Sequence[str],
+        likely: NDArray[np.float64],
+    ) -> dict[str, float]:
+        """All classes compete: from logits by task `[rows, tasks, classes]` each class has its share among its task's
+        classes times how likely the task is."""
+        shares = np.zeros((len(rows), logits.shape[2]))
         for i, task in enumerate(tasks):
-            own = list(self._rows[task][0].choices or range(logits.shape[1]))
-            raised = np.exp(logits[:, own] - logits[:, own].max(1, keepdims=True))
+            own = list(self._rows[task][0].choices or range(logits.shape[2]))
+            found = logits[:, i, own].astype(np.float64)
+            raised = np.exp(found - found.max(1, keepdims=True))
             shares[:, own] += likely[:, i, None] * raised / raised.sum(1, keepdims=True)
         labels = np.array([row.label for row in rows])
         return {"score": float(np.mean(shares.argmax(1) == labels)), "counted": float(len(rows))}
@@ -236,16 +304,17 @@ class TaskRows:
 
     def _nearest(self, state: GlobalState, name: str) -> dict[str, float]:
         """Nearest class mean: among the task's own classes, and among all."""
+        choices = self._rows[name][0].choices
+        right = {k: self._near(state, name, c) for k, c in (("correct", choices), ("correct_open", None))}
+        return {"counted": float(len(self._rows[name])), **{k: float(x.sum()) for k, x in right.items()}}
+
+    def _near(self, state: GlobalState, name: str, allowed: Sequence[int] | None) -> NDArray[np.bool_]:
+        """Whether the nearest mean of the allowed classes is that of the row's own; no row's, before the task."""
         rows, saved = self._rows[name], state.memory.get(FEATURES, {})
-        counted = float(len(rows))
         if name not in seen_tasks(saved):
-            return {"counted": counted, "correct": 0.0, "correct_open": 0.0}
+            return np.zeros(len(rows), np.bool_)
         labels = np.array([row.label for row in rows])
-        right = {
-            key: float(np.sum(nearest_class(saved, self._of(name), allowed) == labels))
-            for key, allowed in (("correct", rows[0].choices), ("correct_open", None))
-        }
-        return {"counted": counted, **right}
+        return np.asarray(nearest_class(saved, self._of(name), allowed) == labels, np.bool_)
 
 
 def _share(sums: Mapping[str, float], key: str = "correct") -> dict[str, float]:

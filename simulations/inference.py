@@ -1,23 +1,26 @@
 """A run with tasks, put to use: which task a prompt is of, what is attached for it, and what every way of that scores.
 
 fedlora generate RUN "a prompt" --task auto
+fedlora generate RUN "a prompt" --task mix
 fedlora evaluate RUN --without NAME
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
-from clients.app import resident_base
+from clients.resident import resident_base
 from fedlora.adapter import Array
 from fedlora.at_rest import key_from_environment
 from fedlora.base import Base
 from fedlora.config import RunConfig, task_config
-from fedlora.continual.router import fit
+from fedlora.continual.router import fit, largest
 from fedlora.continual.router import task_names as seen_tasks
 from fedlora.continual.tasks import JOINT, ONE_PAIR, task_names
 from fedlora.data import Row, test_rows
@@ -27,15 +30,15 @@ from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, ConfigError
 from fedlora.evaluation.generate import generate
 from fedlora.state import Block, GlobalState
-from fedlora.training.attach import attach
+from fedlora.training.attach import attach, mixture
 from fedlora.training.measure import features
 from fedlora.wire import blocks_id
 from server.checkpoint import latest
-from server.evaluate import TaskRows
+from server.evaluate import TaskRows, tasks_blocks
 from simulations.simulate import task_tests
 from strategies.streams import FEATURES, blocks_known, blocks_of, head_of, joint_head
 
-ALL, AUTO = "all", "auto"  # what may be said in place of a task's name
+ALL, AUTO, MIX = "all", "auto", "mix"  # what may be said in place of a task's name
 EXAMPLES = 8  # test rows that are asked where no prompt is given
 _INSEPARABLE = {
     **dict.fromkeys(ONE_PAIR, "one pair goes on from task to task, so no task's part can be told from the others'"),
@@ -47,12 +50,14 @@ _INSEPARABLE = {
 __all__ = [
     "ALL",
     "AUTO",
+    "MIX",
     "Said",
     "TaskScores",
     "answers",
     "asked_tasks",
     "attached",
     "begun",
+    "judge",
     "newest",
     "routable",
     "routed",
@@ -65,7 +70,10 @@ Scores = Mapping[str, Mapping[str, float]]  # way of inference -> task -> share
 
 @dataclass(frozen=True, kw_only=True)
 class Said:
-    """One prompt: what the bare base and the tuned one wrote, and the task whose adapter was used (or `all`)."""
+    """One prompt: what the bare base and the tuned one wrote, and the task whose adapter was used (or `all`).
+
+    Of a mixture `task` is the likeliest, and `shares` what each that took part had, the largest first.
+    """
 
     prompt: str
     task: str
@@ -73,6 +81,7 @@ class Said:
     tuned: str
     right: str = ""  # the answer of the test row that the prompt is from
     of: str = ""  # its task
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,19 +130,20 @@ def routable(config: RunConfig, state: GlobalState) -> str:
 
 
 def asked_tasks(config: RunConfig, state: GlobalState, task: str | None) -> str:
-    """What `--task` means: a task's name, `all` or `auto`; without it `auto` where that can be, else `all`.
+    """What `--task` means: a task's name, `all`, `auto` or `mix`; without it `auto` where that can be, else `all`.
 
-    Raises: ConfigError for a name that is none, or `auto` where no task can be found.
+    Raises: ConfigError for a name that is none, or `auto` or `mix` where no task can be found.
     """
     why = routable(config, state)
     if task is None:
         return ALL if why else AUTO
-    if task == AUTO and why:
-        raise ConfigError(f"--task {AUTO}: {why}")
+    if task in (AUTO, MIX) and why:
+        raise ConfigError(f"--task {task}: {why}")
     names = begun(config, state)
-    if task not in (ALL, AUTO, *names):
+    if task not in (ALL, AUTO, MIX, *names):
         why = "it has not begun yet" if task in task_names(config) else "no task of this run is called so"
-        raise ConfigError(f"--task {task}: {why}; there are {', '.join(names)}, {ALL} and {AUTO}{nearest(task, names)}")
+        there = f"there are {', '.join(names)}, {ALL}, {AUTO} and {MIX}"
+        raise ConfigError(f"--task {task}: {why}; {there}{nearest(task, names)}")
     return task
 
 
@@ -147,22 +157,21 @@ def attached(config: RunConfig, state: GlobalState, task: str) -> tuple[tuple[Bl
 
 def routed(
     base: Base, config: RunConfig, state: GlobalState, prompts: Sequence[Sequence[int]], *, batch_size: int
-) -> list[str]:
-    """The likeliest task of each prompt, by the bare base's features of its tokens.
+) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+    """The tasks, and how likely each prompt `[prompts, tasks]` is of each, by the bare base's features of its tokens.
 
     Takes off whatever is attached. Cost: one forward pass. Source: see fedlora/continual/router.py.
     """
     router = fit(state.memory[FEATURES], config.seed)
     rows = [TokenRow(np.array(ids, np.int32), np.zeros(len(ids), np.bool_), None, "") for ids in prompts]
-    chosen, _ = router.routed(features(base, rows, batch_size=batch_size))
-    return [router.names[i] for i in chosen]
+    return router.names, router.routed(features(base, rows, batch_size=batch_size))[1]
 
 
 def answers(
     config: RunConfig, folder: Path, prompts: Sequence[str], *, task: str | None, max_new_tokens: int
 ) -> list[Said]:
     """What the base writes after each prompt, bare and with what `task` attaches (greedy); without prompts, after some
-    of the tasks' test rows.
+    of the tasks' test rows. Under `mix` a prompt is written as its likeliest task's settings say.
 
     Raises: ConfigError for a classifier, a task as `asked_tasks`, or nothing to ask; BaseMismatch if the base is not
     that of the run; as `newest`.
@@ -171,7 +180,7 @@ def answers(
     task = asked_tasks(config, state, task)
     if config.model.task_type != "causal-lm":
         raise ConfigError(f"a classifier writes nothing: score it with fedlora evaluate {folder}")
-    rows = [] if prompts else _examples(config, begun(config, state) if task in (ALL, AUTO) else (task,))
+    rows = [] if prompts else _examples(config, begun(config, state) if task in (ALL, AUTO, MIX) else (task,))
     if not prompts and not rows:
         raise ConfigError("no prompt: give one or more, in quotes, after the folder")
     base = _base(config, state)
@@ -181,22 +190,50 @@ def answers(
     form = prompt_format(config, base.tokenizer)  # before its task is known, a prompt is read as the run's settings say
     ids = form.prompts([row for _, row, _, _ in asked])
     found = [task] * len(ids)
-    if task == AUTO:
-        found = routed(base, config, state, ids, batch_size=config.evaluation.batch_size)
+    names: tuple[str, ...] = ()
+    if task in (AUTO, MIX):
+        names, likely = routed(base, config, state, ids, batch_size=config.evaluation.batch_size)
+        found = [names[i] for i in likely.argmax(1)]
+    weights = largest(likely) if task == MIX else np.zeros((len(ids), 0))
     bare: dict[int, str] = {}
     tuned: dict[int, str] = {}
     for name in dict.fromkeys(found):
-        of = [i for i, other in enumerate(found) if other == name]
+        at = [i for i, other in enumerate(found) if other == name]
         form = prompt_format(config if name == ALL else task_config(config, name), base.tokenizer)
-        starts = form.prompts([asked[i][1] for i in of])
-        for said, (blocks, head) in ((bare, ((), base.initial_head)), (tuned, attached(config, state, name))):
-            attach(base, blocks, blocks_id(blocks), None, {**base.initial_head, **head})
-            tokens = generate(base, starts, max_new_tokens=max_new_tokens, end_ids=form.stop_ids)
-            said |= {i: str(form.tokenizer.decode(ids)) for i, ids in zip(of, tokens, strict=True)}
+        starts = form.prompts([asked[i][1] for i in at])
+        if task == MIX:
+            own = _mixed(base, config, state, names, weights[at])
+        else:
+            own = _one(base, *attached(config, state, name))
+        for said, on in ((bare, _one(base, (), {})), (tuned, own)):
+            with on:
+                tokens = generate(base, starts, max_new_tokens=max_new_tokens, end_ids=form.stop_ids)
+            said |= {i: str(form.tokenizer.decode(ids)) for i, ids in zip(at, tokens, strict=True)}
+    told = [_shared(names, row) for row in weights]
     return [
-        Said(prompt=prompt, task=found[i], base=bare[i], tuned=tuned[i], right=right, of=of)
+        Said(prompt=prompt, task=found[i], base=bare[i], tuned=tuned[i], right=right, of=of, shares=told[i])
         for i, (prompt, _, right, of) in enumerate(asked)
     ]
+
+
+@contextmanager
+def _one(base: Base, blocks: tuple[Block, ...], head: Mapping[str, Array]) -> Iterator[None]:
+    """One adapter for all rows."""
+    attach(base, blocks, blocks_id(blocks), None, {**base.initial_head, **head})
+    yield
+
+
+def _mixed(
+    base: Base, config: RunConfig, state: GlobalState, tasks: Sequence[str], weights: NDArray[np.float64]
+) -> AbstractContextManager[object]:
+    """Every row's own mixture of the tasks' adapters, by its weights `[rows, tasks]`."""
+    blocks, known = tasks_blocks(state, tasks, config.continual.method)
+    return mixture(base, blocks, known, weights, [head_of(state, task, config) for task in tasks])
+
+
+def _shared(names: Sequence[str], weights: NDArray[np.float64]) -> dict[str, float]:
+    """The weights above 0 by name, the largest first."""
+    return {names[i]: float(weights[i]) for i in np.argsort(-weights, kind="stable") if weights[i] > 0.0}
 
 
 def without_task(config: RunConfig, state: GlobalState, task: str) -> GlobalState:
@@ -224,12 +261,7 @@ def score_tasks(config: RunConfig, folder: Path, *, without: str | None = None) 
     """
     state = newest(config, folder)
     less = None if without is None else without_task(config, state, without)
-    base = _base(config, state)
-    served = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"server": True})})
-    rows = task_tests(served)
-    if not rows:
-        raise ConfigError(f"nothing to score on: the settings of {folder} name no test rows of its tasks (data.test)")
-    scorer = TaskRows(base, rows, config, batch_size=config.evaluation.batch_size)
+    rows, scorer = judge(config, folder, state)
     before = scorer.scores(replace(state, tasks={}), tuple(rows))
     return TaskScores(
         rows={name: len(some) for name, some in rows.items()},
@@ -237,6 +269,19 @@ def score_tasks(config: RunConfig, folder: Path, *, without: str | None = None) 
         ways=_shares(scorer.inference(state)),
         without=None if less is None else _shares(scorer.inference(less)),
     )
+
+
+def judge(config: RunConfig, folder: Path, state: GlobalState) -> tuple[dict[str, list[TokenRow]], TaskRows]:
+    """The test rows of every task of the run in `folder`, and what scores states on them.
+
+    Raises: ConfigError if the settings name no test rows; BaseMismatch.
+    """
+    base = _base(config, state)
+    served = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"server": True})})
+    rows = task_tests(served)
+    if not rows:
+        raise ConfigError(f"nothing to score on: the settings of {folder} name no test rows of its tasks (data.test)")
+    return rows, TaskRows(base, rows, config, batch_size=config.evaluation.batch_size)
 
 
 def _shares(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Scores:

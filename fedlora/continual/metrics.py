@@ -88,8 +88,12 @@ def plasticity(R: Array) -> float:
     return float(np.mean(np.diagonal(R)))
 
 
-def paired_difference(correct_a: NDArray[np.bool_], correct_b: NDArray[np.bool_]) -> tuple[float, float]:
+def paired_difference(
+    correct_a: NDArray[np.bool_] | NDArray[np.float64], correct_b: NDArray[np.bool_] | NDArray[np.float64]
+) -> tuple[float, float]:
     """Accuracy of a less accuracy of b on the same n rows, both `[n]`, and its standard error.
+
+    A row is right or wrong, or where several seeds were trained the share of them in which it is right.
 
     The error is that of the mean of the paired differences (sample variance, n - 1): rows that both find hard cancel.
     It covers the draw of test rows only, not that of seeds. Raises: DataError if shapes differ or n is below 2.

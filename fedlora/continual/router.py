@@ -29,7 +29,9 @@ from fedlora.rng import public_normal
 
 Float64 = NDArray[np.float64]
 
-__all__ = ["Router", "added", "fit", "nearest_class", "omega", "task_names"]
+__all__ = ["EXPERTS", "Router", "added", "fit", "largest", "nearest_class", "omega", "task_names"]
+
+EXPERTS = 2  # tasks that a row's mixture holds at most
 
 _FLOOR = 0.1  # of the even part of S: added to it in all directions, so that no direction is trusted without end
 
@@ -66,6 +68,22 @@ class Router:
         owner = np.array(self.tasks)
         weights = np.stack([shares[:, owner == name].sum(1) for name in names], axis=1)
         return weights.argmax(1), weights
+
+
+def largest(weights: Float64, k: int = EXPERTS) -> Float64:
+    """The k largest weights of each row `[n, tasks]`, scaled to sum to 1, and 0 for all others: the gates of a mixture.
+
+    A router of a mixture of experts, as in Shazeer et al., Outrageously Large Neural Networks, ICLR 2017, eq. 3 to 5,
+    but for its weights: there they are trained with the experts, here `fit` has them at the end from sums that clients
+    gave when their tasks were sealed, and nothing is trained. Of equal weights the earlier task's counts first.
+    Raises: DataError if k is below 1.
+    """
+    if k < 1:
+        raise DataError(f"a mixture holds at least one task, got k = {k}")
+    kept = np.zeros_like(weights)
+    chosen = np.argsort(-weights, axis=1, kind="stable")[:, :k]
+    np.put_along_axis(kept, chosen, np.take_along_axis(weights, chosen, 1), 1)
+    return np.asarray(kept / kept.sum(1, keepdims=True))
 
 
 def omega(seed: int, width: int, columns: int) -> Float64:

@@ -14,6 +14,8 @@ WIDTH: Final = 480
 HEIGHT: Final = 250
 LEFT, RIGHT, TOP, BOTTOM = 52, 104, 14, 30
 LINE_HEIGHT: Final = 14
+NAME: Final = 16  # letters of a row's name in a heat map
+FEW: Final = 4  # up to so many rows or columns it has large cells
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +170,46 @@ def traffic_chart(
     return _svg(title, f"up {show(sum(up))} and down {show(sum(down))} in all", parts)
 
 
+def heat_map(
+    title: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    cells: Sequence[Sequence[float | None]],
+    show: Callable[[float], str],
+) -> str:
+    """Cells `[rows, columns]` of values from 0 to 1, the fuller the more, each with its number; None leaves one empty.
+
+    The numbers keep the colour of the page's text, dark on light and light on dark. Empty text without a value.
+    """
+    if all(value is None for line in cells for value in line):
+        return ""
+    cell, high = 96 if len(columns) <= FEW else 58, 44 if len(rows) <= FEW else 30
+    left = 14 + 8 * min(NAME, max(map(len, rows)))
+    width, height = left + cell * len(columns) + 2, TOP + 12 + high * len(rows) + 4
+    parts, said = [], []
+    for i, name in enumerate(columns):
+        parts.append(_named(left + (i + 0.5) * cell, TOP + 4, "middle", "dim", name, cell // 8))
+    for j, (name, line) in enumerate(zip(rows, cells, strict=True)):
+        y = TOP + 12 + j * high
+        parts.append(_named(left - 10, y + high / 2 + 4, "end", "", name, NAME))
+        for i, value in enumerate(line):
+            if value is None:
+                continue
+            what = f"{name}, {columns[i]}: {show(value)}"
+            share = 100 * min(max(value, 0.0), 1.0)
+            x = left + i * cell
+            parts.append(
+                f'<g><title>{escape(what)}</title><rect class="cell" style="--v:{share:.1f}%" x="{x}" y="{y}" '
+                f'width="{cell}" height="{high}"/><text x="{x + cell / 2:.1f}" y="{y + high / 2 + 4:.1f}" '
+                f'text-anchor="middle" class="value">{_cell(value)}</text></g>'
+            )
+            said.append(what)
+    return (
+        f'<svg class="chart" viewBox="0 0 {width} {height}" style="min-width:{0.9 * width:.0f}px;max-width:{width}px" '
+        f'role="img"><title>{escape(title)}</title><desc>{escape("; ".join(said))}</desc>{"".join(parts)}</svg>'
+    )
+
+
 def spark(values: Sequence[float], title: str) -> str:
     """A line as high as a word, from the first value to the last."""
     if len(values) < 2:
@@ -215,6 +257,20 @@ def _spans(starts: Sequence[tuple[float, str]]) -> list[str]:
         if text:
             parts.append(f'<text x="{x + 4:.1f}" y="{TOP - 4}" class="dim">{escape(text)}</text>')
     return parts
+
+
+def _named(x: float, y: float, anchor: str, css: str, name: str, room: int) -> str:
+    """A name of a row or column, cut to `room` letters; whole where the pointer rests."""
+    text = name if len(name) <= room else f"{name[: room // 2]}…{name[1 - room // 2 :]}"
+    return (
+        f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" class="{css}">{escape(text)}'
+        f"<title>{escape(name)}</title></text>"
+    )
+
+
+def _cell(value: float) -> str:
+    """`0.25`; what would be 0.00 and is not 0 as `3e-08`."""
+    return f"{value:.2f}" if value >= 0.005 or value == 0 else f"{value:.0e}"
 
 
 def _short(text: str) -> str:

@@ -59,6 +59,10 @@ td.skills { white-space:normal; text-align:left; min-width:13em; color:var(--dim
 .heat td { text-align:center; padding:6px 6px; min-width:3.2em; print-color-adjust:exact;
   background:color-mix(in srgb, var(--heat) var(--v,0%), var(--card)); border:1px solid var(--card); }
 .heat th { border-bottom:0; } .heat thead th:not(:first-child) { text-align:center; }
+.cell { fill:color-mix(in srgb, var(--heat) var(--v,0%), var(--card)); stroke:var(--rule); print-color-adjust:exact; }
+svg text.value { font-weight:600; font-size:13px; }
+figure.broad { grid-column:1/-1; max-width:none; }
+.scroll { overflow-x:auto; padding-bottom:8px; }
 .heat .sep { border-left:6px solid var(--card); }
 .tasks td { min-width:5.2em; line-height:1.25; } .tasks td.sep { font-weight:600; }
 .tasks small { display:block; font-size:.78rem; font-weight:400; color:var(--dim); }
@@ -136,6 +140,10 @@ REPORT: Final = (
 {% for part in tasks.parts %}
 <h2>{{ part.heading }}</h2>
 <p class="dim">{{ part.text }}</p>
+{% if part.figures %}<div class="charts">{% for caption, note, svg, css in part.figures %}
+<figure class="{{ css }}"><figcaption>{{ caption }}<br/><small>{{ note }}</small></figcaption>
+<div class="scroll">{{ svg|safe }}</div></figure>
+{% endfor %}</div>{% endif %}
 {% for table in part.tables %}{{ grid(table) }}{% endfor %}
 {% endfor %}
 {% endif %}

@@ -29,6 +29,10 @@ WAYS: Final[Mapping[str, tuple[str, str]]] = {
     "summed": ("all adapters, own classes", "every adapter at once; the task gives its head and classes alone"),
     "open": ("all adapters, all classes", "no task is given or guessed: the classes of all tasks compete"),
     "weighed": ("the same, weighed", "each task's classes weigh as much as the router takes the task to be likely"),
+    "mixed": (
+        "tasks mixed",
+        "the likeliest tasks' adapters and heads, mixed for every row as much as the router takes each to be likely",
+    ),
     "routing": ("routing accuracy", "share of the rows whose task was found, whatever was then answered"),
 }
 

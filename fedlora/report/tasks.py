@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, Final
 
-from fedlora.report.charts import Series, line_chart
+from fedlora.report.charts import Series, heat_map, line_chart
 from fedlora.report.numbers import NOTHING, decimal, percent
 from fedlora.report.stream import FALL, WAYS, Stream, falls_told, measures_told, points
 
@@ -15,6 +15,9 @@ LINES: Final = 12  # of the chart; of more tasks the first
 NAME: Final = 14  # letters of a line's name
 SPACIOUS: Final = 6  # up to so many lines have their last value beside their name
 ROUNDING: Final = 1e-6  # relative errors below this are those of float32
+
+BROAD: Final = 6  # columns of a heat map; one with more has the whole width
+SIMILAR: Final = "similarity/"  # what the log calls it, before the other task's name
 
 Cell = tuple[float, str, str, str, str]  # colour from 0 to 100, text, second line, CSS class, title
 
@@ -152,54 +155,64 @@ def _inference(stream: Stream, measure: str) -> dict[str, Any] | None:
 
 
 def _overlap(stream: Stream) -> dict[str, Any] | None:
-    said = "Share of a task's A that lies in the rows of all earlier tasks' A together, from 0 to 1; the same of the "
-    said += "products BA, whichever way they are factored; and what rows drawn at random would have. "
-    said += "No overlap does not mean that nothing is forgotten."
-
-    def share(key: str) -> Callable[[dict[str, float]], str]:
-        return lambda told: decimal(told.get(key))
-
+    """Heat maps of what the tasks' updates have in common, and what else the log says of their sealing."""
     sealing = {name: dict(told) for name, told in stream.sealing.items()}
-    cut = any(told.get("sealed_error_relative", 0.0) > ROUNDING for told in sealing.values())
     known = {key for told in sealing.values() for key in told}
-    columns: list[tuple[str, Callable[[dict[str, float]], str], bool]] = [
-        ("A, mean", share("overlap"), "overlap" in known),
-        ("A, largest", share("overlap_largest"), "overlap_largest" in known),
-        ("BA, mean", share("overlap_product"), "overlap_product" in known),
-        ("random rows", share("overlap_random"), "overlap_random" in known),
-        ("effect on old inputs", share("effect_on_old"), "effect_on_old" in known),
-        ("lost when sealed", lambda told: percent(told.get("sealed_error_relative"), 1), cut),
-        ("inputs seen", lambda told: percent(told.get("inputs_seen")), "inputs_seen" in known),
-    ]
-    columns = [column for column in columns if column[2]]
-    if not columns:
-        return None
-    if cut:
-        said += " Lost when sealed: the share of the task's update that was cut off."
-    if "inputs_seen" in known:
-        said += " Inputs seen: the share of the squared norm of a task's inputs that its sketch holds."
+    cut = any(told.get("sealed_error_relative", 0.0) > ROUNDING for told in sealing.values())
+    columns: list[tuple[str, Callable[[dict[str, float]], str]]] = []
+    said = "No overlap does not mean that nothing is forgotten."
     if "effect_on_old" in known:
+        columns.append(("effect on old inputs", lambda told: decimal(told.get("effect_on_old"))))
         said += " Effect on old inputs: how much a task's update changes what old tasks' inputs give, beside what it "
         said += "changes of its own, as the root of a ratio of squares: 1 is as much, 0 nothing."
-    alike = [name for name, told in sealing.items() if any(key.startswith("similarity/") for key in told)]
-    before = list(dict.fromkeys(key.split("/", 1)[1] for n in alike for key in sealing[n] if "/" in key))
-    phi = {
-        "title": "Similarity φ of the input directions of two updates, mean over modules: 0 orthogonal, 1 the same",
-        "heads": [("sealed task", ""), *((name, "") for name in before)],
-        "rows": [[(n, ""), *((decimal(sealing[n].get(f"similarity/{o}")), "") for o in before)] for n in alike],
+    if cut:
+        columns.append(("lost when sealed", lambda told: percent(told.get("sealed_error_relative"), 1)))
+        said += " Lost when sealed: the share of the task's update that was cut off."
+    if "inputs_seen" in known:
+        columns.append(("inputs seen", lambda told: percent(told.get("inputs_seen"))))
+        said += " Inputs seen: the share of the squared norm of a task's inputs that its sketch holds."
+    table = {
+        "title": "",
+        "heads": [("sealed task", ""), *((name, "") for name, _ in columns)],
+        "rows": [
+            [(name, ""), *((show(told) if told else NOTHING, "") for _, show in columns)]
+            for name, told in sealing.items()
+        ],
     }
+    figures = [figure for figure in (_similarity(sealing), _shared_rows(sealing)) if figure[2]]
+    if not columns and not figures:
+        return None
     return {
         "heading": "Overlap of the tasks",
         "text": said,
-        "tables": [
-            {
-                "title": "",
-                "heads": [("sealed task", ""), *((name, "") for name, *_ in columns)],
-                "rows": [
-                    [(name, ""), *((show(told) if told else NOTHING, "") for _, show, _ in columns)]
-                    for name, told in sealing.items()
-                ],
-            },
-            *([phi] if alike else []),
-        ],
+        "figures": figures,
+        "tables": [table] if columns else [],
     }
+
+
+def _similarity(sealing: dict[str, dict[str, float]]) -> tuple[str, str, str, str]:
+    """Caption, meaning, heat map and CSS class: every sealed task against those before it."""
+    title = "Similarity φ of two tasks' updates"
+    rows = [name for name, told in sealing.items() if any(key.startswith(SIMILAR) for key in told)]
+    before = list(dict.fromkeys(key.removeprefix(SIMILAR) for n in rows for key in sealing[n] if SIMILAR in key))
+    cells = [[sealing[name].get(SIMILAR + other) for other in before] for name in rows]
+    note = "input directions that both work in, mean over modules: 0 none, 1 all"
+    svg = heat_map(title, rows, before, cells, decimal) if rows else ""
+    return title, note, svg, "broad" if len(before) > BROAD else ""
+
+
+def _shared_rows(sealing: dict[str, dict[str, float]]) -> tuple[str, str, str, str]:
+    """Caption, meaning, heat map and CSS class: every sealed task against all before it together."""
+    title = "Overlap with all earlier tasks"
+    names = {
+        "overlap": "A, mean",
+        "overlap_largest": "A, largest",
+        "overlap_product": "BA, mean",
+        "overlap_random": "random",
+    }
+    keys = [key for key in names if any(key in told for told in sealing.values())]
+    rows = [name for name, told in sealing.items() if any(key in told for key in keys)]
+    cells = [[sealing[name].get(key) for key in keys] for name in rows]
+    note = "share of A, and of BA, in earlier tasks' rows; and what chance gives"
+    svg = heat_map(title, rows, [names[key] for key in keys], cells, decimal) if rows else ""
+    return title, note, svg, ""

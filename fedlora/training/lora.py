@@ -6,11 +6,15 @@ One `LoraLayer` is installed over each adapted module when the base is loaded an
 it calls the module's own forward, so the pristine model's logits are exact. In fp32 the blocks go into the weight,
 derived once per version from the pristine copy; in every other dtype they are a factored branch, because adding a
 small product to a bf16 weight rounds it away.
+
+Where each row of a batch mixes the experts in its own way, their factors stand side by side and the gates lie between:
+
+    y += ((x A^T) * g(row)) B^T        2 R (in + out) + R operations a token for R ranks of all experts together
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +25,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedlora.adapter import Factors
+from fedlora.errors import AdapterError
 from fedlora.state import Module
 
-__all__ = ["LoraLayer", "Pair"]
+__all__ = ["Gates", "LoraLayer", "Pair"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,40 @@ class Pair:
     a: Tensor
     b: Tensor
     scale: float
+
+
+class Gates:
+    """How much of each task, and so of each expert, every row gets; all layers of a base look at the same one.
+
+    `tasks [n, tasks]` are the rows' weights over tasks and `known [tasks, experts]` how often a task has an expert, so
+    that the experts' gates are `tasks @ known`. Between `take` and the next, a forward pass is over those rows.
+    """
+
+    def __init__(self, tasks: Tensor, known: Tensor) -> None:
+        self._tasks, self._experts = tasks, tasks @ known
+        self.tasks, self.experts = self._tasks, self._experts  # of the rows at hand; at first all, in order
+
+    def take(self, rows: Sequence[int] | np.ndarray[Any, Any]) -> None:
+        """The next forward passes are over these rows."""
+        at = torch.as_tensor(rows, device=self._tasks.device)
+        self.tasks, self.experts = self._tasks[at], self._experts[at]
+
+
+def along(gates: Tensor, shape: Sequence[int]) -> Tensor:
+    """Gates `[rows, k]` in a shape that multiplies something `[*shape, k]`, rows first.
+
+    `shape` is `[rows, ...]`; `[rows * length]` where a module flattens its rows; `[1, ...]` where all rows share one
+    input, such as position ids. Raises: AdapterError for anything else.
+    """
+    rows, one = len(gates), len(shape) == 1
+    if one and shape[0] and shape[0] % rows == 0:
+        return gates.repeat_interleave(shape[0] // rows, 0)
+    if not one and shape[0] in (rows, 1):
+        return gates.view(rows, *[1] * (len(shape) - 1), gates.shape[1])
+    raise AdapterError(
+        f"a mixture of {rows} rows met an input of shape {tuple(shape)}, whose rows cannot be told; leave modules that "
+        "see some of the tokens alone out of model.target_modules"
+    )
 
 
 class LoraLayer:
@@ -58,6 +97,7 @@ class LoraLayer:
         self._private: tuple[Tensor, Tensor] | None = None  # this client's frozen factors
         self._rest: tuple[Tensor, Tensor] | None = None  # rows of the pair that this client does not train
         self._frozen: tuple[Tensor, Tensor] | None = None  # the three above, side by side
+        self._experts: tuple[Tensor, Tensor, Tensor, Gates] | None = None  # a, b, the expert of each rank, the gates
         self._norm: float | None = None
         module.__dict__["forward"] = self.forward
 
@@ -89,6 +129,17 @@ class LoraLayer:
         self.pair = pair
         self._rest = None if rest is None else self._tensors(rest, self._branch_dtype)
         self._refresh()
+
+    def set_experts(self, factors: Factors | None, owner: Sequence[int] = (), gates: Gates | None = None) -> None:
+        """Factors of all experts side by side, `owner [rank]` the expert of each, gated by row. None takes them off.
+
+        They add to whatever else is attached. Without them the ordinary forward is in place, so they cost it nothing.
+        """
+        self._experts = None
+        if factors is not None and gates is not None:
+            a, b = self._tensors(factors, self._branch_dtype)
+            self._experts = a, b, torch.as_tensor(owner, device=a.device), gates
+        self.module.__dict__["forward"] = self.forward if self._experts is None else self._mixed
 
     def squared_norm(self) -> float:
         """`||W0 + blocks||_F^2`, computed once per version of the blocks."""
@@ -140,6 +191,15 @@ class LoraLayer:
             x, weight, self.module.bias, a, b, fa, fb, scale, dtype
         )
         return out
+
+    def _mixed(self, x: Tensor) -> Tensor:
+        """As `forward`, and each row's own mixture of the experts; by plain composition."""
+        assert self._experts is not None
+        y, (a, b, owner, gates) = self.forward(x), self._experts
+        table = self.spec.kind == "embedding"
+        low = nnf.embedding(x, a.t()).to(y.dtype) if table else x.to(y.dtype) @ a.t().to(y.dtype)
+        gated = low * along(gates.experts[:, owner], x.shape if table else x.shape[:-1]).to(y.dtype)
+        return y + gated @ b.t().to(y.dtype)
 
     def _embedding(self, ids: Tensor) -> Tensor:
         y = self._original(ids)

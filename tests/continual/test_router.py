@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from fedlora.continual.router import Router, added, fit, nearest_class, omega, task_names
+from fedlora.continual.router import Router, added, fit, largest, nearest_class, omega, task_names
 from fedlora.errors import DataError
 
 Float64 = NDArray[np.float64]
@@ -122,3 +122,12 @@ def test_the_nearest_class_is_among_those_allowed(data: dict[str, tuple[Float64,
         nearest_class(kept, x, [9])
     with pytest.raises(DataError, match="are they of the same base"):
         nearest_class(kept, x[:, :3])
+
+
+def test_the_largest_weights_are_kept_and_sum_to_one() -> None:
+    weights = np.array([[0.5, 0.2, 0.3], [0.0, 1.0, 0.0], [0.4, 0.4, 0.2]])
+    np.testing.assert_allclose(largest(weights, 2), [[0.625, 0, 0.375], [0, 1, 0], [0.5, 0.5, 0]])
+    np.testing.assert_array_equal(largest(weights, 1), [[1, 0, 0], [0, 1, 0], [1, 0, 0]])
+    np.testing.assert_allclose(largest(weights, 9), weights)
+    with pytest.raises(DataError, match="k = 0"):
+        largest(weights, 0)

@@ -458,3 +458,52 @@ def test_similarity_and_effect_are_shown_by_task(tmp_path: Path) -> None:
     assert stream is not None
     assert stream.sealing["amazon"] == aggregate[8]
     assert stream.sealing["dbpedia"] == aggregate[12]
+
+
+def similar(tmp_path: Path, tasks: int = 3) -> str:
+    """A page whose tasks t0, t1, ... have similarities 0.01 (10 i + j) and overlaps of their own."""
+    names = [f"t{i}" for i in range(tasks)]
+    aggregate = {
+        i + 1: {
+            "overlap": 3.1e-8 * i,
+            "overlap_random": 0.25,
+            **{f"similarity/t{j}": 0.1 * i + 0.01 * j for j in range(i)},
+        }
+        for i in range(1, tasks)
+    }
+    scores = {i + 1: dict.fromkeys(names, 0.5) for i in range(tasks)}
+    legs = {i + 1: [name] for i, name in enumerate(names)}
+    return page_of(tmp_path, stream_events(scores, legs, legs, tasks=names, aggregate=aggregate))
+
+
+def test_similarity_and_overlap_are_heat_maps_with_their_numbers(tmp_path: Path) -> None:
+    text = similar(tmp_path).partition("<h2>Overlap of the tasks</h2>")[2].partition("<h2>")[0]
+    phi, overlap = re.findall(r"<figure.*?</figure>", text, re.DOTALL)
+    assert "Similarity φ" in phi
+    assert "0 none, 1 all" in phi
+    found = re.findall(r"<title>([^<]*)</title><rect class=\"cell\" style=\"--v:([\d.]+)%\".*?>([^<>]+)</text>", phi)
+    assert found == [
+        ("t1, t0: 0.100", "10.0", "0.10"),
+        ("t2, t0: 0.200", "20.0", "0.20"),
+        ("t2, t1: 0.210", "21.0", "0.21"),
+    ]
+    assert re.findall(r"--v:([\d.]+)%", overlap) == ["0.0", "25.0", "0.0", "25.0"]
+    assert ">3e-08</text>" in overlap
+    assert "A, mean" in overlap
+    assert "BA, mean" not in overlap
+    assert "<table" not in text  # nothing is left to say
+
+
+def test_a_broad_heat_map_has_the_whole_width(tmp_path: Path) -> None:
+    assert 'class="broad"' in similar(tmp_path, 9)
+
+
+def test_a_mixture_is_a_way_of_inference_in_plain_words(tmp_path: Path) -> None:
+    names = ("a", "b")
+    scores = {1: dict.fromkeys(names, 0.5), 2: dict.fromkeys(names, 0.5)}
+    legs = {1: ["a"], 2: ["b"]}
+    made = stream_events(scores, legs, legs, tasks=names, inference={"mixed": {"a": 0.875, "b": 0.5}})
+    assert "| tasks mixed" in stream_table(made[1])
+    text = page_of(tmp_path, made)
+    assert "tasks mixed" in text
+    assert "68.8 %" in text

@@ -24,7 +24,7 @@ from fedlora.data.rows import TokenRow
 from fedlora.peft_bridge import load_adapter
 from fedlora.state import Block, GlobalState, Subspace, Task
 from fedlora.subspace import public_rows
-from server.evaluate import TaskRows
+from server.evaluate import TaskRows, tasks_blocks
 from server.release import release
 from strategies.streams import FEATURES, HEAD, joint_head
 
@@ -174,7 +174,7 @@ def test_inference_with_and_without_the_task(
     both, heads = list(state.tasks.values()), {n: t.extras for n, t in state.tasks.items()}
     on = {n: [state.tasks[n]] if way == "separate" else both[: i + 1] for i, n in enumerate(rows)}
     router = fit(state.memory[FEATURES], config.seed)
-    ways = {"known", "routed", "routing"} | ({"summed", "open", "weighed"} if way == "incremental" else set())
+    ways = {"known", "routed", "mixed", "routing"} | ({"summed", "open", "weighed"} if way == "incremental" else set())
     assert set(found) == ways
     for name, some in rows.items():
         assert found["known"][name]["score"] == np.mean(right(logits(folder, on[name], heads[name], some), some))
@@ -198,6 +198,84 @@ def test_inference_with_and_without_the_task(
             shares[:, own] += likely[:, i : i + 1] * raised / raised.sum(1, keepdims=True)
         assert found["weighed"][name]["score"] == np.mean(right(shares, some, range(3)))
     assert np.mean([t["score"] for t in found["routing"].values()]) > 0.8
+
+
+@pytest.mark.parametrize("way", ["incremental", "separate", "sequential"])
+def test_a_mixture_of_one_is_the_routed_way(
+    way: str, base: Base, folders: dict[str, Path], by_task: dict[str, list[TokenRow]]
+) -> None:
+    """The law: with one task a row (k = 1) a mixture is routing, under every meaning that a task's blocks have."""
+    state = sealed(base, folders["bert"], by_task)
+    rows = {n: by_task[n] for n in ("one", "two")}
+    found = TaskRows(base, rows, config_of(way, base), batch_size=7, experts=1).inference(state)
+    assert found["mixed"] == found["routed"]
+    assert 0.0 < found["routed"]["one"]["score"] < 1.0
+
+
+@pytest.mark.parametrize("way", ["incremental", "separate"])
+def test_a_mixture_is_the_sum_over_tasks_of_what_each_head_says_of_the_mixed_weights(
+    way: str, base: Base, folders: dict[str, Path], by_task: dict[str, list[TokenRow]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = sealed(base, folders["bert"], by_task)
+    rows, names = {n: by_task[n] for n in ("one", "two")}, ("one", "two")
+    likely = {n: np.random.default_rng(i).dirichlet(np.ones(2), 25) for i, n in enumerate(names)}
+    scorer = TaskRows(base, rows, config_of(way, base), batch_size=7)
+    monkeypatch.setattr(scorer, "_beliefs", lambda state: (names, likely))
+    found = scorer.inference(state)["mixed"]
+    for name, some in rows.items():
+        hits = []
+        for row, p in zip(some, likely[name], strict=True):
+            shares = np.zeros(3)
+            gates = (p[0] + p[1], p[1]) if way == "incremental" else (p[0], p[1])  # of the blocks of one and of two
+            on = [scaled(state.tasks[n], g) for n, g in zip(names, gates, strict=True)]
+            for weight, other in zip(p, names, strict=True):
+                own = list(CHOICES[other])
+                raised = np.exp(logits(folders["bert"], on, state.tasks[other].extras, [row])[0][own])
+                shares[own] += weight * raised / raised.sum()
+            hits.append(int(shares.argmax()) == row.label)
+        assert found[name]["score"] == np.mean(hits)
+
+
+def scaled(task: Task, gate: float) -> Task:
+    return replace(
+        task,
+        blocks=tuple(
+            replace(b, adapter=Adapter({n: Factors(f.a, f.b, gate * f.scale) for n, f in b.adapter.items()}))
+            for b in task.blocks
+        ),
+    )
+
+
+def test_what_blocks_count_by_task(base: Base, folders: dict[str, Path], by_task: dict[str, list[TokenRow]]) -> None:
+    state = sealed(base, folders["bert"], by_task)
+    for way, want in (
+        ("incremental", [[1, 0], [1, 1]]), ("separate", [[1, 0], [0, 1]]), ("sequential", [[1, 1], [1, 1]])
+    ):  # fmt: skip
+        blocks, known = tasks_blocks(state, ("one", "two"), way)
+        assert known.tolist() == want
+        assert [b.born for b in blocks] == [1, 2]
+    twice = replace(state, tasks={n: replace(t, blocks=2 * t.blocks) for n, t in state.tasks.items()})
+    assert tasks_blocks(twice, ("one", "two"), "incremental")[1].tolist() == [[2, 0], [2, 2]]
+    bare = replace(state, tasks={n: replace(t, blocks=()) for n, t in state.tasks.items()})
+    assert tasks_blocks(bare, ("one", "two"), "incremental")[1].shape == (2, 0)
+    rows = {n: by_task[n] for n in ("one", "two")}
+    assert "mixed" in TaskRows(base, rows, config_of("incremental", base), batch_size=7).inference(bare)
+
+
+@pytest.mark.parametrize("way", ["incremental", "separate", "nearest-mean"])
+def test_row_by_row_adds_up_to_the_scores(
+    way: str, base: Base, folders: dict[str, Path], by_task: dict[str, list[TokenRow]]
+) -> None:
+    state = sealed(base, folders["bert"], by_task)
+    scorer = TaskRows(base, by_task, config_of(way, base), batch_size=7)
+    found = scorer.right(state)
+    assert {n: float(x.sum()) for n, x in found.items()} == {
+        n: sums["correct"] for n, sums in scorer.scores(state, tuple(CHOICES)).items()
+    }
+    if way == "incremental":
+        name = "one"
+        dense = logits(folders["bert"], list(state.tasks.values()), state.tasks[name].extras, by_task[name])
+        assert found[name].tolist() == right(dense, by_task[name])
 
 
 def test_routing_with_one_task_says_nothing(

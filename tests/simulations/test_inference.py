@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clients.app import resident_base
+from clients.resident import resident_base
 from fedlora.adapter import Adapter, Factors
 from fedlora.config import RunConfig, load_config
 from fedlora.continual.router import added, omega
@@ -20,9 +20,11 @@ from fedlora.errors import BaseMismatch, ConfigError
 from fedlora.state import Block, GlobalState, Layout, Module, Task
 from fedlora.training.measure import features
 from server.checkpoint import save
+from simulations import inference
 from simulations.inference import (
     ALL,
     AUTO,
+    MIX,
     answers,
     asked_tasks,
     attached,
@@ -124,18 +126,19 @@ def test_without_a_word_the_task_is_found_where_it_can_be() -> None:
 def test_why_no_task_can_be_found(config: RunConfig, state: GlobalState, match: str) -> None:
     assert routable(config, state)
     assert asked_tasks(config, state, None) == ALL
-    with pytest.raises(ConfigError, match=f"--task auto: .*{match}"):
-        asked_tasks(config, state, AUTO)
+    for word in (AUTO, MIX):
+        with pytest.raises(ConfigError, match=f"--task {word}: .*{match}"):
+            asked_tasks(config, state, word)
 
 
 def test_a_name_that_is_none() -> None:
     with pytest.raises(
-        ConfigError, match=r"--task wine: no task of this run.*news, wines, dates, all and auto; did.*'wines'"
+        ConfigError, match=r"--task wine: no task of this run.*news, wines, dates, all, auto and mix; did.*'wines'"
     ):
         asked_tasks(settings(), THREE, "wine")
     early = state_of(sealed("news", 1), sealed("wines", 2), summed=("news", "wines"))
     assert begun(settings(), early) == ("news", "wines")
-    with pytest.raises(ConfigError, match=r"--task dates: it has not begun yet; there are news, wines, all and auto"):
+    with pytest.raises(ConfigError, match=r"--task dates: it has not begun yet; .* wines, all, auto and mix"):
         asked_tasks(settings(), early, "dates")
 
 
@@ -208,4 +211,41 @@ def test_a_prompt_finds_the_task_whose_prompts_it_is_like() -> None:
         kept = added(kept, name, f.sum(0, keepdims=True), np.array([2.0]), sketch, labelled=False)
     state = replace(state_of(summed=()), memory={FEATURES: kept})
     asked = [ids["dates"][1], ids["news"][0], ids["dates"][0]]
-    assert routed(base, load_config(), state, asked, batch_size=2) == ["dates", "news", "dates"]
+    names, likely = routed(base, load_config(), state, asked, batch_size=2)
+    assert [names[i] for i in likely.argmax(1)] == ["dates", "news", "dates"]
+
+
+def test_a_mixture_answers_as_the_task_that_a_prompt_is_surely_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With sure weights `mix` writes what `auto` writes; otherwise it says what each task had, the largest first."""
+    base = resident_base(load_config().model)
+    tables = [{"name": n, "data.name": f"{n}.csv"} for n in NAMES]
+    config = load_config(overrides=[f"tasks={json.dumps(tables)}", "continual.method=incremental"])
+    rng = np.random.default_rng(0)
+
+    def task(i: int, name: str) -> Task:
+        pair = Adapter(
+            {
+                n: Factors(*(rng.normal(size=s).astype(np.float32) / 4 for s in ((2, m.inp), (m.out, 2))))
+                for n, m in base.layout.modules.items()
+            }
+        )
+        return Task(name=name, blocks=(Block(adapter=pair, born=i),), sealed=True, statistics={"sealed": float(i)})
+
+    state = state_of(*(task(i, n) for i, n in enumerate(NAMES, 1)))
+    memory = {FEATURES: state.memory[FEATURES]}
+    state = replace(state, base=base.fingerprint, layout=base.layout, memory=memory)
+    save(tmp_path / "checkpoints", 3, state)
+    weights = np.array([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    monkeypatch.setattr(inference, "routed", lambda base, config, state, ids, **_: (NAMES, weights[: len(ids)]))
+    prompts = ["the cup", "of wine", "in 1991"]
+    auto, mix = (answers(config, tmp_path, prompts, task=t, max_new_tokens=4) for t in (AUTO, MIX))
+    assert [(x.task, x.base, x.tuned) for x in mix] == [(x.task, x.base, x.tuned) for x in auto]
+    assert any(x.tuned != x.base for x in mix)
+    assert [x.shares for x in mix] == [{"wines": 1.0}, {"news": 1.0}, {"dates": 1.0}]
+    assert [x.shares for x in auto] == [{}] * 3
+    weights[0] = [0.2, 0.75, 0.05]
+    [said] = answers(config, tmp_path, prompts[:1], task=MIX, max_new_tokens=1)
+    assert list(said.shares) == ["wines", "news"]
+    assert said.shares["news"] == pytest.approx(0.2 / 0.95)
