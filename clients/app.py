@@ -22,6 +22,7 @@ from fedlora.code import require_one_checkout
 from fedlora.config import RunConfig, load_config
 from fedlora.data.rows import TokenRow
 from fedlora.errors import WireError
+from fedlora.npy import npy_bytes
 
 require_one_checkout(__file__)
 
@@ -72,7 +73,7 @@ def _bytes(message: Message) -> bytes:
     record = message.content.get("fedlora")
     if not isinstance(record, ArrayRecord) or "bytes" not in record:
         raise WireError("not a fedlora message: expected one array `bytes` in record `fedlora`")
-    return record["bytes"].numpy().tobytes()
+    return npy_bytes(record["bytes"].data)
 
 
 def settings(run_config: dict[str, bool | int | float | str]) -> RunConfig:

@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 
 from clients.framing import ANSWERED, receive_response, send
 from fedlora.errors import FedLoRAError, WireError
+from fedlora.npy import npy_bytes
 
 PATIENCE = 120.0  # seconds in which a worker that died must be back
 _PAUSE = 0.5
@@ -48,7 +49,7 @@ def relayed(message: Message, context: Context) -> Message:
     if not isinstance(record, ArrayRecord) or "bytes" not in record:
         raise WorkerGone("not a fedlora message: expected one array `bytes` in record `fedlora`")
     where = str(context.node_config.get("socket", ""))
-    data = asked(where, record["bytes"].numpy().tobytes(), patience=PATIENCE)
+    data = asked(where, npy_bytes(record["bytes"].data), patience=PATIENCE)
     return Message(
         RecordDict({"fedlora": ArrayRecord({"bytes": Array(np.frombuffer(data, np.uint8))})}), reply_to=message
     )

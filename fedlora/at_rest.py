@@ -107,7 +107,7 @@ def key_from_file(path: Path) -> bytes:
 def key_from_environment(environment: Mapping[str, str] = os.environ) -> bytes | None:
     """The key in `FEDLORA_CHECKPOINT_KEY`, None if that is unset. Raises: ConfigError if it is set to no key."""
     text = environment.get(VARIABLE)
-    return None if text is None else _decoded(text.encode(), VARIABLE)
+    return None if text is None else _decoded(os.fsencode(text), VARIABLE)
 
 
 def _decoded(text: bytes, where: str) -> bytes:

@@ -3,8 +3,9 @@
     message = "FLW1" | u32 length of the header | header | body 0 | body 1 ...          (little endian)
 
 The header is canonical JSON (sorted keys, no spaces but for padding to 8 bytes): the kind of message, its values,
-and for each body its bytes, tensors and SHA-256. A body is a safetensors file. The same value gives the same bytes,
-and only those bytes give the value.
+and for each body its bytes, tensors and SHA-256. A body is a safetensors file. The same value gives the same bytes.
+
+Nobody is trusted: what a message makes its reader hold stays below 64 times its bytes, and the time grows with them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import math
 import sys
 import types
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -33,6 +35,9 @@ _MAGIC = b"FLW1"
 _MAX_HEADER = {"ask": 1 << 20, "answer": 1 << 20, "block": 1 << 20, "state": 1 << 26}  # bytes of JSON
 _MAX_TENSORS = 1 << 16  # in one body
 _MAX_ENTRY = 1024  # bytes of a body's table per tensor
+_MAX_MARKS = 64  # of `[`, `{` and `,` in it per tensor: 14 for a row, the rest for its name
+_MAX_PRODUCT = 2**48  # of the sizes of an array that are not 0
+_LARGEST = 2**128  # whole numbers stay below it: seeds may be large, and no text of one is long
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -114,7 +119,7 @@ def read_header(data: bytes, kinds: Sequence[str], max_bytes: int) -> tuple[dict
         raise WireError(f"torn message: the header alone needs {8 + size} bytes, got {len(data)}")
     values = _parse(data[8 : 8 + size])
     if values.get("kind") not in kinds:
-        raise WireError(f"expected a message of kind {' or '.join(kinds)}, got {values.get('kind')!r}")
+        raise WireError(f"expected a message of kind {' or '.join(kinds)}, got {values.get('kind')!r:.80}")
     return values, memoryview(data)[8 + size :]
 
 
@@ -133,9 +138,15 @@ def _parse(raw: bytes) -> dict[str, Any]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise WireError(f"duplicate keys in JSON: {sorted({n for n in names if names.count(n) > 1})}")
+        raise WireError(
+            f"duplicate keys in JSON: {_some(n for n, count in Counter(n for n, _ in pairs).items() if count > 1)}"
+        )
     return values
+
+
+def _some(names: Iterable[str]) -> list[str]:
+    """The first few, none of them long: for the text of an error."""
+    return [name[:80] for name in sorted(names)[:8]]
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -168,42 +179,71 @@ def open_message(
 def require_names(what: str, got: set[str], names: set[str]) -> None:
     """Raises WireError naming what is missing and what is unknown."""
     if got != names:
-        raise WireError(f"{what}: fields differ; missing {sorted(names - got)}, unknown {sorted(got - names)}")
+        raise WireError(f"{what}: fields differ; missing {_some(names - got)}, unknown {_some(got - names)}")
 
 
 def read_table(raw: memoryview, tensors: int) -> dict[str, Tensor]:
-    """The table of a safetensors body: sorted offsets without holes, sizes that fit shapes. Raises: WireError."""
+    """The arrays of a safetensors body by key, as views of it. Raises: WireError as `read_rows`."""
     if not 0 <= tensors <= _MAX_TENSORS:
         raise WireError(f"a body of {tensors} arrays is above the cap of {_MAX_TENSORS}")
     size = int.from_bytes(raw[:8], "little")
     if len(raw) < 8 or size > min(len(raw) - 8, _MAX_ENTRY * (tensors + 1)):
         raise WireError(f"a table of {size} bytes does not fit a body of {len(raw)} bytes and {tensors} arrays")
+    data = raw[8 + size :]
+    rows = read_rows(bytes(raw[8 : 8 + size]), len(data), tensors)
+    return {row.key: Tensor(row.dtype, row.shape, data[row.start : row.end]) for row in rows}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One array of a safetensors file: bytes `start` to `end` of what follows the table."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+def read_rows(text: bytes, size: int, tensors: int, *, metadata: bool = False) -> list[Row]:
+    """The table of a safetensors file that has `size` bytes after it and so many arrays, in the order of their bytes.
+
+    Offsets without holes or overlaps that end at `size`; sizes that fit shapes and dtypes; `__metadata__` only if that
+    is allowed, and it is not read. Raises: WireError.
+    """
+    if sum(map(text.count, (b"[", b"{", b","))) > _MAX_MARKS * (tensors + 1):
+        raise WireError(f"a table of {len(text)} bytes has more values than {tensors} arrays need")
     try:
-        parsed = json.loads(bytes(raw[8 : 8 + size]), object_pairs_hook=_without_duplicates)
+        parsed = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise WireError(f"the table of arrays is not JSON: {error}") from error
+    if metadata and isinstance(parsed, dict):
+        parsed.pop("__metadata__", None)
     rows = from_json(Mapping[str, Mapping[str, Any]], parsed, "table of arrays")
     if len(rows) != tensors:
         raise WireError(f"the table lists {len(rows)} arrays, the header announced {tensors}")
-    data, at = raw[8 + size :], 0
-    table: dict[str, Tensor] = {}
+    at = 0
+    found: list[Row] = []
     for key, row in sorted(rows.items(), key=lambda item: _start(*item)):
         require_names(key, set(row), {"dtype", "shape", "data_offsets"})
         shape = from_json(tuple[int, ...], row["shape"], f"{key}: shape")
         start, end = from_json(tuple[int, int], row["data_offsets"], f"{key}: data_offsets")
         dtype = row["dtype"]
         if not isinstance(dtype, str) or dtype not in DTYPES:
-            raise WireError(f"{key}: unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+            raise WireError(f"{key}: unknown dtype {dtype!r:.80}; known: {', '.join(DTYPES)}")
         if len(shape) > 8 or any(n < 0 for n in shape):
-            raise WireError(f"{key}: shape {shape} is impossible")
+            raise WireError(f"{key}: shape {shape!s:.80} is impossible")
         if start != at or end - start != math.prod(shape) * DTYPES[dtype].itemsize:
             raise WireError(f"{key}: bytes {start} to {end} do not hold {dtype} {shape} next to the array before it")
-        if end > len(data):
-            raise WireError(f"{key}: ends at byte {end} of a body that has {len(data)}")
-        table[key], at = Tensor(dtype, shape, data[start:end]), end
-    if at != len(data):
-        raise WireError(f"{len(data) - at} bytes of a body belong to no array")
-    return table
+        if math.prod(max(n, 1) for n in shape) >= _MAX_PRODUCT:  # of no bytes: what has some was found above
+            raise WireError(f"{key}: shape {shape} is impossible")
+        if end > size:
+            raise WireError(f"{key}: ends at byte {end} of a body that has {size}")
+        found.append(Row(key, dtype, shape, start, end))
+        at = end
+    if at != size:
+        raise WireError(f"{size - at} bytes of a body belong to no array")
+    return found
 
 
 def _start(key: str, row: Mapping[str, Any]) -> tuple[int, int, str]:
@@ -243,7 +283,8 @@ def _hints(kind: type) -> dict[str, Any]:
 
 def from_json(hint: Any, value: object, where: str) -> Any:
     """`value` (parsed JSON) as the type `hint`: int, float, str, bool, Literal, unions, tuples, string-keyed mappings,
-    and frozen dataclasses of these, with exactly their fields. Raises: WireError naming the field.
+    and frozen dataclasses of these, with exactly their fields; whole numbers of at most 128 bits.
+    Raises: WireError naming the field.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -270,6 +311,6 @@ def from_json(hint: Any, value: object, where: str) -> Any:
         return {name: from_json(args[1], x, f"{where}.{name}") for name, x in value.items()}
     elif hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
         return float(value)  # type: ignore[arg-type]
-    elif hint in (int, str, bool) and type(value) is hint:
+    elif hint in (int, str, bool) and type(value) is hint and (not isinstance(value, int) or abs(value) < _LARGEST):
         return value
     raise WireError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r:.80}")

@@ -222,7 +222,9 @@ def decode_state(data: bytes) -> GlobalState:
     names = {"version", "base", "modules", "head", "features", "tasks", "memory"}
     values, (table,) = open_message(data, "state", len(data), names, bodies=1)
     tasks: dict[str, Task] = {}
-    for i, saved in enumerate(from_json(tuple[_SavedTask, ...], values["tasks"], "tasks")):
+    saved_tasks = from_json(tuple[_SavedTask, ...], values["tasks"], "tasks")
+    _require_once("tasks", [saved.name for saved in saved_tasks])
+    for i, saved in enumerate(saved_tasks):
         tasks[saved.name] = Task(
             name=saved.name,
             pair=None if saved.pair is None else _take_adapter(table, f"task/{i}/pair/", saved.pair),
@@ -236,6 +238,9 @@ def decode_state(data: bytes) -> GlobalState:
         )
     memory = from_json(tuple[tuple[str, tuple[str, ...]], ...], values["memory"], "memory")
     modules = from_json(tuple[tuple[str, int, int, ModuleKind, str], ...], values["modules"], "modules")
+    head = from_json(tuple[tuple[str, tuple[int, ...]], ...], values["head"], "head")
+    for what, named in (("memory", memory), ("modules", modules), ("head", head)):
+        _require_once(what, [name for name, *_ in named])
     state = GlobalState(
         version=from_json(int, values["version"], "version"),
         base=from_json(str, values["base"], "base"),
@@ -243,7 +248,7 @@ def decode_state(data: bytes) -> GlobalState:
             modules={
                 name: Module(out=out, inp=inp, kind=kind, shares=shares) for name, out, inp, kind, shares in modules
             },
-            head=dict(from_json(tuple[tuple[str, tuple[int, ...]], ...], values["head"], "head")),
+            head=dict(head),
             features=from_json(int, values["features"], "features"),
         ),
         tasks=tasks,
@@ -253,6 +258,11 @@ def decode_state(data: bytes) -> GlobalState:
     )
     table.require_empty()
     return state
+
+
+def _require_once(what: str, names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise WireError(f"{what}: a name is there more than once")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,7 +44,7 @@ def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]]
     """
 
     def refuse(rule: str, detail: str) -> AnswerRejected:
-        return AnswerRejected(asked.client, rule, detail)
+        return AnswerRejected(asked.client, rule, plain(detail, 2000))  # keys are the client's in a hello
 
     try:
         header = peek(data, max_bytes=max_bytes)

@@ -13,6 +13,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 
 from fedlora.errors import WireError
+from fedlora.npy import npy_bytes
 from server.admission import plain
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0  # seconds between polls when nothing has arrived
@@ -46,14 +47,13 @@ def unpack(content: RecordDict) -> bytes:
     """The inverse of `pack`. Raises: WireError if the record is anything else."""
     record = content.get("fedlora")
     if list(content) != ["fedlora"] or not isinstance(record, ArrayRecord) or list(record) != ["bytes"]:
-        raise WireError(f"not a fedlora message: expected one array `bytes` in record `fedlora`, got {list(content)}")
-    try:
-        array = record["bytes"].numpy()
-    except Exception as error:  # whatever Flower and numpy raise on bytes that are no array
-        raise WireError(f"not a fedlora message: `bytes` is no array ({error!r})") from error
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.ndim != 1:
-        raise WireError("not a fedlora message: `bytes` must be one array of uint8")
-    return array.tobytes()
+        raise WireError(
+            f"not a fedlora message: expected one array `bytes` in record `fedlora`, got {list(content)!s:.200}"
+        )
+    array = record["bytes"]
+    if array.stype != "numpy.ndarray":
+        raise WireError(f"not a fedlora message: `bytes` is no array of numpy's but {array.stype!r:.80}")
+    return npy_bytes(array.data)
 
 
 def exchange(

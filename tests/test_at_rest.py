@@ -116,3 +116,8 @@ def test_keys_come_from_a_private_file_or_the_environment(tmp_path: Path) -> Non
         key_from_environment({at_rest.VARIABLE: "not base64!"})
     with pytest.raises(ConfigError, match="cannot be read"):
         key_from_file(tmp_path / "none")
+
+
+def test_a_variable_that_is_no_text_is_refused_as_any_other(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="FEDLORA_CHECKPOINT_KEY: expected 32 bytes"):
+        key_from_environment({at_rest.VARIABLE: "\udcff" * 44})  # as os.environ gives bytes that are no UTF-8

@@ -91,25 +91,25 @@ def test_every_byte_of_an_answer_counts() -> None:
 def test_an_answer_is_bound_to_every_field_that_was_asked(name: str) -> None:
     value = getattr(HEADER, name)
     other = replace(HEADER, **{name: value + 1 if isinstance(value, int) else f"{value}x"})
-    with pytest.raises(EnvelopeError, match="^signature: node "):
+    with pytest.raises(EnvelopeError, match=r"^signature: node "):
         opened(answered(header=other))
 
 
 def test_an_answer_is_bound_to_its_ask_its_layout_and_its_node() -> None:
-    with pytest.raises(EnvelopeError, match="^signature"):
+    with pytest.raises(EnvelopeError, match=r"^signature"):
         opened(answered(ask=replace(ASK, payload=b"other")))
-    with pytest.raises(EnvelopeError, match="^signature"):
+    with pytest.raises(EnvelopeError, match=r"^signature"):
         opened(answered(layout=""))
-    with pytest.raises(EnvelopeError, match="^stale: it answers another ask"):
+    with pytest.raises(EnvelopeError, match=r"^stale: it answers another ask"):
         opened(answered(ask=replace(ASK, nonce=new_nonce())))
     relabelled = bytearray(answered())
     relabelled[40:72] = bytes.fromhex(node_id(OTHER.public_key()))
-    with pytest.raises(EnvelopeError, match="^signature"):
+    with pytest.raises(EnvelopeError, match=r"^signature"):
         opened(bytes(relabelled))
 
 
 def test_a_revoked_node_and_a_size_beyond_the_cap() -> None:
-    with pytest.raises(EnvelopeError, match="other node: no node with key .* is enrolled, or it was revoked"):
+    with pytest.raises(EnvelopeError, match=r"other node: no node with key .* is enrolled, or it was revoked"):
         opened(answered(), keys={node_id(OTHER.public_key()): OTHER.public_key()})
     with pytest.raises(EnvelopeError, match="at most 9 are taken"):
         opened(answered(), max_bytes=9)

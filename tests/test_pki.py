@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import hashlib
 import json
@@ -11,6 +12,7 @@ import shutil
 import ssl
 import stat
 import subprocess
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -810,3 +812,60 @@ def test_a_folder_that_is_not_there(tmp_path: Path, act: Callable[[Path], object
         act(tmp_path / "absent")
     with pytest.raises(PkiError, match="cannot be made: No such file"):
         made(tmp_path / "absent" / "pki")
+
+
+# What fuzzing found: cryptography raises more types than it lists
+
+
+def der_of(pem: bytes) -> bytes:
+    return base64.b64decode(b"".join(line for line in pem.split(b"\n") if not line.startswith(b"-----")))
+
+
+def pem_of(der: bytes, label: str) -> bytes:
+    return f"-----BEGIN {label}-----\n{base64.b64encode(der).decode()}\n-----END {label}-----\n".encode()
+
+
+def test_a_certificate_whose_key_or_extensions_cannot_be_read_is_refused_when_it_is_loaded(own: Path) -> None:
+    good = der_of((own / "ca.pem").read_bytes())
+    curve, usage, constraints = (bytes.fromhex(x) for x in ("06052b81040022", "0603551d0f", "0603551d13"))
+    hostile = [
+        good.replace(curve, bytes.fromhex("06052b8104007f")),  # no such curve
+        good.replace(usage, constraints),  # an extension twice
+        good.replace(bytes.fromhex("a003020102"), bytes.fromhex("a003020107")),  # version 8
+    ]
+    for der in hostile:
+        assert der != good
+        (own / "ca.pem").write_bytes(pem_of(der, "CERTIFICATE"))
+        with pytest.raises(PkiError, match=r"ca\.pem: holds 0 certificates that can be read"):
+            load_certificate(own / "ca.pem")
+        with pytest.raises(PkiError):
+            inventory(own, at=NOW)
+
+
+def test_openssh_keys_of_a_form_that_is_not_read_are_refused(own: Path) -> None:
+    name = "north"
+    path = own / "nodes" / name / "auth.pub"
+    kind, text = path.read_text().split()[:2]
+    raw = base64.b64decode(text)
+    at = len(raw) - 97  # the point on P-384: 4, x, y
+    assert raw[at] == 4
+    path.write_text(f"{kind} {base64.b64encode(raw[:at] + bytes([2]) + raw[at + 1 :]).decode()}\n")  # "compressed"
+    with pytest.raises(PkiError, match="no public key that can be read"):
+        load_public_key(path, "ec")
+    path = own / "nodes" / name / "auth.key"
+    lines = path.read_bytes().split(b"\n")
+    raw = base64.b64decode(b"".join(lines[1:-2]))
+    first = raw.index(b"nistp384\x00\x00\x00\x61\x04") + 12
+    raw = raw[:first] + bytes([2]) + raw[first + 1 :]
+    path.write_bytes(lines[0] + b"\n" + base64.b64encode(raw) + b"\n" + lines[-2] + b"\n")
+    with pytest.raises(PkiError, match="no private key that can be read"):
+        load_private_key(path, "ec")
+
+
+def test_a_small_file_is_read_in_little_memory(shared: Path) -> None:
+    registry(shared)
+    tracemalloc.start()
+    registry(shared)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -663,3 +664,82 @@ def test_the_commands_sign_and_verify(released: Path, tmp_path: Path) -> None:
     done = run(app, ["verify", str(released), "--key", str(public)])
     assert (done.exit_code, done.output.splitlines()[-1]) == (1, "NOT VERIFIED")
     assert "\x1b[2J" not in done.output
+
+
+# What fuzzing found: each of these took hours, gigabytes or an exception that was not ours
+
+
+def rewritten(released: Path, change: Callable[[dict[str, Any]], object]) -> Report:
+    value = json.loads((released / "manifest.json").read_bytes())
+    change(value)
+    (released / "manifest.json").write_bytes(canonical(value))
+    return verify(released, PUBLIC)
+
+
+FILE = {"bytes": 1, "sha256": ""}
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda v: v["files"].update({f"a{i}/b": FILE for i in range(3_000)}), "a0/b: is missing"),
+        (lambda v: v["files"].update({f"a{i}/b": FILE for i in range(10_000)}), "it lists 10,003 files of"),
+        (lambda v: v["ranks"].update({f"a{i}": v["ranks"]["adapter"] for i in range(10_000)}), "and 10,001 adapters"),
+        (lambda v: v["files"].update({"a/b": {"bytes": 2**36, "sha256": ""}}), "at most 10,000 and 68,719,476,736"),
+        (lambda v: v["ranks"].update({"/".join("a" * 100_000): v["ranks"]["adapter"]}), "has no adapter that the"),
+    ],
+)
+def test_a_manifest_that_lists_much_is_read_in_time(released: Path, change: Any, why: str) -> None:
+    assert why in said(rewritten(released, change))
+
+
+def test_folders_deeper_than_python_can_follow_are_a_finding(released: Path) -> None:
+    name = "adapter" + "/a" * 1200
+    path = released
+    for part in name.split("/"):
+        path = path / part
+        path.mkdir(exist_ok=True)
+    report = rewritten(released, lambda v: v["files"].update({f"{name}/README.md": FILE}))
+    assert "'adapter/a': a folder that is not listed" in said(report)
+    while path != released / "adapter":  # shutil.rmtree could not
+        path.rmdir()
+        path = path.parent
+
+
+def test_weights_are_read_in_parts(released: Path) -> None:
+    """A sparse file in one array: safetensors copies it whole, and panics where it cannot."""
+    size = 2**26
+    row = {"base_model.model.q.lora_A.weight": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
+    table = json.dumps(row).encode()
+    path = released / "adapter" / "adapter_model.safetensors"
+    with path.open("wb") as file:
+        file.write(len(table).to_bytes(8, "little") + table)
+        file.truncate(8 + len(table) + size)
+    assert "its arrays were not read, as its 67,108,9" in said(verify(released, PUBLIC))
+    listed = {"bytes": path.stat().st_size, "sha256": ""}
+    tracemalloc.start()
+    report = rewritten(released, lambda v: v["files"].update({"adapter/adapter_model.safetensors": listed}))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert "base_model.model.q.lora_A.weight' belongs to no target module" in said(report)
+    assert peak < 2**23
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("prefix", ["", "base_model.model."])
+def test_many_modules_and_many_arrays_are_compared_in_time(released: Path, prefix: str) -> None:
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    table = json.dumps({f"{prefix}x{i}": empty for i in range(5_000)}).encode()
+    config = adapter_config(modules_to_save=[f"m{i}" for i in range(20_000)])
+    manifest = write_release(released, config, len(table).to_bytes(8, "little") + table)
+    write_signed(released, manifest)
+    text = said(verify(released, PUBLIC))
+    assert "'m19999' should be saved whole" in text
+    assert "belongs to no target module" in text
+
+
+def test_an_array_with_a_name_beyond_reason_is_refused(released: Path) -> None:
+    table = json.dumps({"a." * 300: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    write_signed(released, write_release(released, weights=len(table).to_bytes(8, "little") + table))
+    assert "is a name of 600 characters" in said(verify(released, PUBLIC))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import stat
 from pathlib import Path
@@ -223,3 +224,36 @@ def test_a_process_remembers_a_bounded_number_of_bytes() -> None:
         recent.put(str(i), block(i))
         assert recent.get("0") is not None or i > 2  # asking keeps it
     assert [i for i in range(5) if recent.get(str(i)) is not None] in ([0, 3, 4], [2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "5", "null", '{"w":5}', '{"w":[["a"]]}', '{"w":["../../x"]}', '{"w":["a\\u0000"]}', "[" * 100_000, "\xff"],
+    ids=range(9),
+)
+def test_lists_of_blocks_that_are_no_lists_are_missing_and_can_be_sent_again(tmp_path: Path, text: str) -> None:
+    blocks = (block(1), block(2, 2))
+    memory = Memory(tmp_path, "run", "client")
+    memory.keep_blocks(blocks_id(blocks), blocks)
+    (tmp_path / "run" / "client" / "blocks").write_text(text.replace('"w"', f'"{blocks_id(blocks)}"'), "latin-1")
+    with pytest.raises(BlocksMissing, match="send them again"):
+        memory.blocks(blocks_id(blocks))
+    memory.keep_blocks(blocks_id(blocks), blocks)
+    assert blocks_id(memory.blocks(blocks_id(blocks))) == blocks_id(blocks)
+
+
+def test_a_list_that_was_changed_gives_no_other_blocks(tmp_path: Path) -> None:
+    blocks = (block(1), block(2, 2))
+    memory = Memory(tmp_path, "run", "client")
+    memory.keep_blocks(blocks_id(blocks), blocks)
+    one = [b.adapter.digest for b in blocks]
+    for digests in (one[:1], one[::-1], one + one, []):
+        (tmp_path / "run" / "client" / "blocks").write_text(json.dumps({blocks_id(blocks): digests}))
+        with pytest.raises(BlocksMissing, match="send them again"):
+            memory.blocks(blocks_id(blocks))
+
+
+def test_an_answer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run" / "client" / "answer").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="answer cannot be read: Is a directory"):
+        Memory(tmp_path, "run", "client").recall(b"ask")
