@@ -6,15 +6,18 @@ Knows nothing of Flower: the ClientApp of a simulation and the worker of a deplo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
+from clients import sums
 from clients.memory import Memory
+from clients.private import Budget, NotPrivate, open_ledger, release, require_private
 from fedlora.base import Base
 from fedlora.code import require_same_code
 from fedlora.config import RunConfig
@@ -35,7 +38,7 @@ class Client:
     """Who answers: its stable id and rank, the settings it goes by, what it holds, and where it keeps things.
 
     `base()` is loaded when it is first wanted; `rows(task)` are (training rows, held-out rows) as tokens; without a
-    `memory` folder nothing is kept between asks.
+    `memory` folder nothing is kept between asks. With a `budget` it answers private asks only.
     """
 
     id: str
@@ -44,6 +47,9 @@ class Client:
     base: Callable[[], Base]
     rows: Callable[[str], tuple[list[TokenRow], list[TokenRow]]]
     memory: Path | None
+    budget: Budget | None = None
+    key: Callable[[], Ed25519PrivateKey] | None = None  # signs what is its own in secure sums
+    trusted: Collection[str] | None = None  # ids that may be in a sum with it; None: whoever the server says
 
 
 def answer(client: Client, data: bytes) -> bytes:
@@ -58,11 +64,11 @@ def answer(client: Client, data: bytes) -> bytes:
         return refusal(header, error)
 
 
-def refusal(header: Header, error: FedLoRAError) -> bytes:
-    """The answer that says why there is none."""
-    return encode_answer(
-        replace(header, kind="error"), Answer(info={"error": type(error).__name__, "message": str(error)})
-    )
+def refusal(header: Header, error: FedLoRAError, *, quiet: bool = False) -> bytes:
+    """The answer that says why there is none; with `quiet` only what kind of error it was, for words may quote rows."""
+    words = "under privacy its words stay with the client; see its log" if quiet else str(error)
+    info = {"error": type(error).__name__, "message": words}
+    return encode_answer(replace(header, kind="error"), Answer(info=info))
 
 
 def respond(client: Client, header: Header, ask: Ask, data: bytes) -> bytes:
@@ -76,6 +82,7 @@ def respond(client: Client, header: Header, ask: Ask, data: bytes) -> bytes:
             "base": base.fingerprint,
             "layout": base.layout.to_json(),
             "keeps": root is not None,
+            "key": client.key().public_key().public_bytes_raw().hex() if client.key is not None else "",
         }
         return encode_answer(header, Answer(info=info, arrays=keyed("head", base.initial_head)))
     if header.client != client.id:
@@ -86,6 +93,10 @@ def respond(client: Client, header: Header, ask: Ask, data: bytes) -> bytes:
             "same revision, same tokenizer on both sides?"
         )
     memory = Memory(root, header.run, client.id) if root is not None else None
+    if require_private(config, client.budget, header, ask):
+        return _private(client, header, ask, memory)
+    if header.kind == "secure":
+        return encode_answer(header, _summed(client, header, ask, memory))
     answered = memory.recall(data) if memory and header.kind == "train" else None
     if answered is not None:
         return answered
@@ -101,6 +112,18 @@ def respond(client: Client, header: Header, ask: Ask, data: bytes) -> bytes:
     held_out = client.rows(ask.task)[1]
     metrics = _evaluate(config, base, header, ask, held_out, memory) if held_out else {}
     return encode_answer(header, Answer(examples=len(held_out), metrics=metrics))
+
+
+def _summed(client: Client, header: Header, ask: Ask, memory: Memory | None) -> Answer:
+    """The client's message in one stage of a secure sum, see `clients.sums`."""
+
+    def train() -> Answer:
+        whole = replace(ask, blocks=whole_blocks(ask, memory), on=None)
+        return train_client(client.base(), header, whole, client.rows(ask.task)[0], threads=threads(client.config))
+
+    key = client.key() if client.key is not None else None
+    base, trusted = client.base(), client.trusted
+    return sums.answered(header, ask, base=base, key=key, memory=memory, trusted=trusted, train=train)
 
 
 def whole_blocks(ask: Ask, memory: Memory | None) -> tuple[Block, ...]:
@@ -119,6 +142,22 @@ def whole_blocks(ask: Ask, memory: Memory | None) -> tuple[Block, ...]:
         if memory is not None:
             memory.keep_blocks(ask.whole, blocks)
     return blocks
+
+
+def _private(client: Client, header: Header, ask: Ask, memory: Memory | None) -> bytes:
+    """The answer to a private training ask, see `clients.private`. Raises: NotPrivate without a memory folder."""
+    if memory is None or client.memory is None:
+        raise NotPrivate(
+            f"client {client.id}: without a memory folder there is no ledger, and what was spent would be forgotten: "
+            "give the client one (FEDLORA_MEMORY)"
+        )
+    whole = replace(ask, blocks=whole_blocks(ask, memory), on=None)
+
+    def train(first: Header) -> bytes:
+        return _train(client.config, client.base(), first, whole, client.rows(ask.task)[0], memory)
+
+    with open_ledger(client.memory, client.id, client.config, client.budget) as ledger:
+        return release(ledger, memory, header, whole, train)
 
 
 def _train(

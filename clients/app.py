@@ -13,10 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients.answer import Client, answer
+from clients.memory import Memory
 from clients.resident import encoded, resident_base, stable_id
 from fedlora.code import require_one_checkout
 from fedlora.config import RunConfig, load_config
@@ -56,16 +58,28 @@ def reply(message: Message, context: Context, *, rows: Rows | None = None) -> Me
     index = int(context.node_config["partition-id"])
     where = context.node_config.get("memory") or os.environ.get("FEDLORA_MEMORY")
     own = rows or encoded
+    memory = Path(str(where)) if where else None
     client = Client(
         id=stable_id(index),
         rank=config.rank_of(index),
         config=config,
         base=lambda: resident_base(config.model),
         rows=lambda task: own(config, index, task),
-        memory=Path(str(where)) if where else None,
+        memory=memory,
+        key=None if memory is None or not config.secure.on else lambda: simulated_key(memory, stable_id(index)),
     )
     record = ArrayRecord({"bytes": Array(np.frombuffer(answer(client, _bytes(message)), np.uint8))})
     return Message(RecordDict({"fedlora": record}), reply_to=message)
+
+
+def simulated_key(memory: Path, client: str) -> Ed25519PrivateKey:
+    """The signing key of a simulated client, from the system's entropy, kept in its memory folder."""
+    kept = Memory(memory, "keys", client)
+    raw = kept.durable("signing")
+    if raw is None:
+        raw = Ed25519PrivateKey.generate().private_bytes_raw()
+        kept.keep_durable("signing", raw)
+    return Ed25519PrivateKey.from_private_bytes(raw)
 
 
 def _bytes(message: Message) -> bytes:

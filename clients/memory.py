@@ -38,7 +38,7 @@ class Memory:
     """
 
     def __init__(self, root: Path, run: str, client: str) -> None:
-        self._folder = root / _safe(run) / _safe(client)
+        self._folder = root / folder_name(run) / folder_name(client)
 
     def recall(self, ask: bytes) -> bytes | None:
         """The answer given to exactly this ask, or None, also where a crash tore what was kept.
@@ -62,6 +62,19 @@ class Memory:
         Raises: CheckpointError if the disk refuses; the one before is intact.
         """
         self._write("answer", hashlib.sha256(ask).digest() + hashlib.sha256(answer).digest() + answer)
+
+    def durable(self, name: str) -> bytes | None:
+        """What `keep_durable` kept last under `name`; None before. Raises: CheckpointError if it cannot be read."""
+        try:
+            return (self._folder / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{self._folder / name} cannot be read: {error.strerror}; mend that") from error
+
+    def keep_durable(self, name: str, data: bytes) -> None:
+        """Keep `data`, whole or not at all; returns once it is on the disk. Raises: CheckpointError if that refuses."""
+        self._write(name, data, sync=True)
 
     def last_round(self) -> int:
         """The last round that was noted; 0 before the first. Raises: CheckpointError if what was kept is damaged."""
@@ -193,23 +206,28 @@ class Memory:
 
     @property
     def _pool(self) -> Path:
-        return self._folder.parent / ".blocks"  # no client can be called that, see _safe
+        return self._folder.parent / ".blocks"  # no client can be called that, see folder_name
 
     def _make(self) -> None:
         for folder in (self._folder.parents[1], self._folder.parent, self._folder):
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
-    def _write(self, name: str, data: bytes) -> None:
-        self._write_in(self._folder, name, data)
+    def _write(self, name: str, data: bytes, *, sync: bool = False) -> None:
+        self._write_in(self._folder, name, data, sync=sync)
 
-    def _write_in(self, folder: Path, name: str, data: bytes) -> None:
+    def _write_in(self, folder: Path, name: str, data: bytes, *, sync: bool = False) -> None:
         partial = folder / f"{name}.{secrets.token_hex(4)}.partial"  # other processes may write the same block
         try:
             self._make()
             folder.mkdir(exist_ok=True, mode=0o700)
             with open(partial, "wb", opener=_private) as file:
                 file.write(data)
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(partial, folder / name)
+            if sync:
+                _sync(folder)
         except OSError as error:
             raise CheckpointError(
                 f"cannot keep {len(data):,} bytes in {folder}: {error.strerror or error}. Free some space or "
@@ -239,6 +257,14 @@ class _Recent:
 _CACHE = _Recent(limit=256 * 2**20)
 
 
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _private(path: str, flags: int) -> int:
     return os.open(path, flags, 0o600)
 
@@ -247,6 +273,6 @@ def _are_digests(found: object) -> bool:
     return isinstance(found, list) and all(isinstance(x, str) and _SHA256.fullmatch(x) for x in found)
 
 
-def _safe(name: str) -> str:
+def folder_name(name: str) -> str:
     """A folder name that no id can use to leave the root: the id if it is plain, else its hash."""
     return name if _PLAIN.fullmatch(name) else hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()

@@ -23,6 +23,7 @@ from typing import Any
 from clients.answer import Client, refusal, respond
 from clients.framing import ANSWERED, REFUSED, receive, send
 from clients.memory import Memory
+from clients.private import Budget
 from clients.resident import encoded, resident_base
 from fedlora.config import RunConfig
 from fedlora.continual.tasks import JOINT, task_names
@@ -30,7 +31,7 @@ from fedlora.data.rows import TokenRow
 from fedlora.deploy import NodeFile, read_node
 from fedlora.envelope import ASK_OVERHEAD, EnvelopeError, SignedAsk, open_ask, sign_answer
 from fedlora.errors import ConfigError, DataError, FedLoRAError, TrainingError, WireError
-from fedlora.pki import load_private_key, load_public_key, node_id
+from fedlora.pki import load_private_key, load_public_key, node_id, registry
 from fedlora.shared_settings import merged
 from fedlora.state import Ask, Header
 from fedlora.wire import decode_ask
@@ -73,14 +74,15 @@ class Worker:
             payload = respond(client, header, decoded, ask.payload)
         except FedLoRAError as error:
             _log.warning("round %d, %s: refused: %s: %s", header.round, header.kind, type(error).__name__, error)
-            payload = refusal(header, error)
+            private = decoded.secure is not None or (decoded.plan is not None and decoded.plan.privacy is not None)
+            payload = refusal(header, error, quiet=private and header.kind != "hello")
         else:
             _log.info("round %d, %s: answered, %d bytes", header.round, header.kind, len(payload))
         return sign_answer(payload, ask, header, layout, self._key)
 
     def _client(self, ask: Ask) -> Client:
         config = self._settings(ask.settings)
-        part, held = self._node.share[0], {task.name for task in self._node.tasks}
+        limits, part, held = self._node.limits, self._node.share[0], {task.name for task in self._node.tasks}
 
         def rows(task: str) -> tuple[list[TokenRow], list[TokenRow]]:
             wanted = set(task_names(config)) if task == JOINT else {task} - {""}
@@ -95,7 +97,16 @@ class Worker:
             base=lambda: resident_base(config.model),
             rows=rows,
             memory=self._node.memory,
+            key=lambda: self._key,
+            trusted=self._peers(),
+            budget=None if limits.epsilon is None else Budget(epsilon=limits.epsilon, delta=limits.delta),
         )
+
+    def _peers(self) -> frozenset[str] | None:
+        """The ids in this node's own list of nodes, read anew each time; None where it has none."""
+        if self._node.peers is None:
+            return None
+        return frozenset(node.id for node in registry(self._node.peers))
 
     @lru_cache(maxsize=4)  # noqa: B019  one worker a process
     def _settings(self, told: str) -> RunConfig:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from fedlora import verify_command
+from fedlora import status_command, verify_command
 from fedlora.errors import ConfigError, FedLoRAError
 from fedlora.pki_commands import app as pki
 
@@ -185,6 +185,28 @@ def compare(
     console.print(told, markup=False, soft_wrap=True)
     line = f"Saved in {folder}: comparison.md, comparison.json, comparison.html, and every run's folder."
     console.print(line, markup=False, soft_wrap=True)
+
+
+@app.command()
+def plan(
+    scenario: Scenario = None,
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="Epsilon, noise and bytes of training on private rows.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="A picture of epsilon against rounds, an SVG file.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Say what a run would promise and cost before it is run; nothing is trained."""
+    from fedlora.config import load_config
+
+    if not privacy:
+        raise ConfigError("plan: say what to plan; there is --privacy")
+    config = load_config(_shipped(scenario), sets or [])
+    from fedlora.base import load_base
+    from fedlora.plan_command import show
+
+    _loading(config)
+    show(config, load_base(config.model).layout, console, out)
 
 
 @app.command()
@@ -623,6 +645,7 @@ def _print_stream(result: Any) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
 
+app.command()(status_command.status)
 app.command()(verify_command.verify)
 app.command()(verify_command.sign)
 

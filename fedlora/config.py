@@ -18,6 +18,7 @@ from typing import Annotated, Any, Final, Literal, Self, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedlora.config_secure import secure_conflicts
 from fedlora.config_text import (
     UNSET,
     Leaf,
@@ -129,6 +130,10 @@ _READ_BY: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "server.beta2": ("server.optimizer", ("adam", "yogi")),
     "server.tau": ("server.optimizer", ("adam", "yogi")),
     "robust.attackers": ("robust.rule", ("krum", "multi-krum", "median", "trimmed-mean")),
+    **{
+        f"privacy.{key}": ("privacy.level", ("example",))
+        for key in ("clip", "noise_multiplier", "epsilon", "delta", "scheme", "sampling", "rows")
+    },
     "attack.share": ("attack.kind", _ATTACKS),
     "attack.strength": ("attack.kind", _ATTACKS),
 }  # settings of a kind of thing: the setting that names the kind, and the kinds that read them
@@ -404,6 +409,46 @@ class AttackConfig(_Section):
     strength: Annotated[float, Field(gt=0)] | None = Field(None, description="None: what suits the attack")
 
 
+class SecureConfig(_Section):
+    """Secure sums: the server learns what the clients' updates add up to, and no single one; see docs/PRIVACY.md."""
+
+    on: bool = False
+    bound: Annotated[float, Field(ge=16)] = Field(
+        100.0, description="L2 norm that a client's update is clipped to, in the factors that it sends, heads included"
+    )
+    examples: Positive = Field(
+        1000, description="rows at which a client's weight is full; more do not count, so that no weight shows"
+    )
+    least: Annotated[int, Field(ge=3)] = Field(3, description="clients of a rank or above it, in every sum")
+
+
+class PrivacyConfig(_Section):
+    """Differential privacy of single training rows, by each client before anything leaves it; see docs/PRIVACY.md."""
+
+    level: Literal["none", "example", "client"] = Field("none", description="what is protected; client: not yet")
+    clip: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="L2 norm that one row's gradient is clipped to, over all that is trained"
+    )
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="standard deviation of a step's noise over the clip; this or epsilon"
+    )
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="what the whole run may spend at each client; the noise follows from it"
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(
+        1e-5, description="at which epsilon is counted; well below one over a client's rows"
+    )
+    scheme: Literal["poisson", "fixed-size"] = Field(
+        "poisson", description="how a step draws rows; epsilon can be counted for poisson only"
+    )
+    sampling: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="probability with which a row takes part in a step; None: a step's rows over privacy.rows"
+    )
+    rows: Positive | None = Field(
+        None, description="rows that a client is taken to have; the same for all, announced, counted from no data"
+    )
+
+
 class PersonalConfig(_Section):
     """A local adapter on top of the global one, trained by each client after the last round; it never leaves it."""
 
@@ -470,6 +515,8 @@ class RunConfig(_Section):
     server: ServerConfig = ServerConfig()
     robust: RobustConfig = RobustConfig()
     personal: PersonalConfig = PersonalConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    secure: SecureConfig = SecureConfig()
     attack: AttackConfig = AttackConfig()
     continual: ContinualConfig = ContinualConfig()
     tasks: tuple[dict[str, str], ...] = Field(
@@ -551,6 +598,8 @@ def _conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _ignored(config)
     yield from _method_conflicts(config)
     yield from _continual_conflicts(config)
+    yield from _privacy_conflicts(config)
+    yield from secure_conflicts(config)
     for key, methods in _BELONGS_TO.items():
         value = getattr(config.method, key.removeprefix("method."))
         if value not in (None, False) and config.method.name not in methods:
@@ -666,6 +715,91 @@ def _method_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]
         yield (
             ("personal.steps", "method.name"),
             "fedsa-lora's clients have personal adapters already: leave it at 0, or use another method",
+        )
+
+
+def _privacy_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What would let something of single rows out un-noised or uncounted, or make the count wrong."""
+    own, training, way = config.privacy, config.training, config.continual
+    if own.level == "none":
+        return
+    if own.level == "client":
+        yield (
+            ("privacy.level",),
+            "client level needs noise on the sum of clients and a count of who was drawn, which this version does not "
+            "have: use example, which protects every row at its client",
+        )
+        return
+    if (own.noise_multiplier is None) == (own.epsilon is None):
+        what = "neither" if own.epsilon is None else f"{own.noise_multiplier} and {own.epsilon:g}"
+        yield (
+            ("privacy.epsilon", "privacy.noise_multiplier"),
+            f"set exactly one of noise_multiplier and epsilon, got {what}",
+        )
+    step = training.batch_size * training.accumulation
+    if own.rows is None:
+        yield (
+            ("privacy.rows", "privacy.level"),
+            "how many rows a client is taken to have must be said, since nothing may be counted; got none. For the "
+            "embedded skills that is data.rows_per_client",
+        )
+    elif own.sampling is None and step > own.rows:
+        yield (
+            ("privacy.rows", "training.batch_size"),
+            f"a step of {step} rows is more than the {own.rows} of a client: lower training.batch_size, or set "
+            "privacy.sampling",
+        )
+    if own.scheme != "poisson":
+        yield (
+            ("privacy.scheme",),
+            f"epsilon is counted for Poisson sampling, when one row more or less changes nobody else's chance; with "
+            f"{own.scheme} samples it does, and the number would be wrong: use poisson",
+        )
+    if training.local_steps is None:
+        yield (
+            ("training.local_epochs", "privacy.level"),
+            "epochs have as many steps as a client's rows make, and both are private: set training.local_steps",
+        )
+    if training.optimizer_state == "keep":
+        yield (
+            ("training.optimizer_state", "privacy.level"),
+            "what a client keeps from round to round is not in the account of what was spent: use fresh",
+        )
+    if config.method.name == "fedsa-lora":
+        yield (
+            ("method.name", "privacy.level"),
+            "fedsa-lora's clients keep their B and head, and only they could score them, on private rows: use another "
+            "method, e.g. ffa-lora",
+        )
+    if config.personal.steps:
+        yield (
+            ("personal.steps", "privacy.level"),
+            "local adapters are trained without noise and scored on private rows: leave it at 0",
+        )
+    if config.data.holdout:
+        yield (
+            ("data.holdout", "privacy.level"),
+            "clients do not score under privacy, and which rows are held out depends on how many there are: one row "
+            f"more would change what all steps are trained on; got {config.data.holdout:g}, set it to 0",
+        )
+    if not config.tasks:
+        return
+    for key, given in (("routing", way.routing), ("effects", way.effects)):
+        if given:
+            yield (
+                (f"continual.{key}", "privacy.level"),
+                "clients would send sums over their rows without noise: set it to false",
+            )
+    without = {
+        "input-aware": "it is designed from sketches of the clients' inputs",
+        "ewc": "its Fisher information is a sum over rows",
+        "nearest-mean": "class means are sums over rows",
+        "replay": "which rows are drawn again depends on how many there are",
+    }
+    if way.method in without:
+        yield (
+            ("continual.method", "privacy.level"),
+            f"{way.method}: {without[way.method]}, without noise: use subspace, o-lora, incremental or sequential",
         )
 
 

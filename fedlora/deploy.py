@@ -47,6 +47,10 @@ class Limits(_File):
     local_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="optimiser steps in one round")
     local_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over its rows in one round")
     measure: bool = Field(True, description="whether sums of inputs, features and gradients may be given")
+    epsilon: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="what may be told of a single row, over all runs; with it only private training is answered"
+    )
+    delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="at which epsilon is counted")
 
 
 class NodeTask(_File):
@@ -69,6 +73,10 @@ class NodeFile(_File):
     socket: Path | None = Field(None, description="the worker's socket; None: in the state folder")
     relay_group: str | None = Field(None, description="the group that may use the worker's socket; None: this user")
     restarts: int = Field(20, ge=0, description="times in ten minutes that a process which died is started again")
+    peers: Path | None = Field(
+        None,
+        description="a folder with the nodes.json that this owner has checked: secure sums with others are refused",
+    )
     limits: Limits = Limits()
     settings: dict[str, Scalar] = Field(default_factory=dict)
     tasks: tuple[NodeTask, ...] = ()
@@ -134,8 +142,7 @@ def read_node(path: Path) -> NodeFile:
     file = _read(path, NodeFile)
     here = path.resolve().parent
     moved = {n: here / getattr(file, n) for n in ("keys", "memory", "state")}
-    if file.socket is not None:
-        moved["socket"] = here / file.socket
+    moved |= {n: here / path for n in ("socket", "peers") if (path := getattr(file, n)) is not None}
     tasks = tuple(t.model_copy(update={"settings": _placed(t.settings, here)}) for t in file.tasks)
     node = file.model_copy(update={**moved, "settings": _placed(file.settings, here), "tasks": tasks})
     if len(str(node.meeting).encode()) > LONGEST_SOCKET:

@@ -107,6 +107,7 @@ class Display:
         final = measured.get("server", measured)
         parts += [f"score {final['score']:.1%}"] if "score" in final else []
         parts += [f"loss {final['loss']:.3f}"] if "loss" in final else []
+        parts += [f"epsilon {summary['privacy']['epsilon']:.2f}"] if "privacy" in summary else []
         parts += [
             f"up {megabytes(summary['bytes_up'])}",
             f"down {megabytes(summary['bytes_down'])}",

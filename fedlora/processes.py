@@ -25,6 +25,7 @@ _WINDOW: Final = 600.0  # seconds over which restarts are counted
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a program is started again
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 _PR_SET_PDEATHSIG: Final = 1
+_LIBC: Final = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # loaded before any fork
 
 Notify = Callable[[dict[str, Any]], None]
 
@@ -117,8 +118,8 @@ class Programs:
 
 def end_with_parent() -> None:
     """Have the kernel end this process when the one that started it ends (Linux; elsewhere nothing happens)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def program_path(name: str) -> str:

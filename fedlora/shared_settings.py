@@ -14,6 +14,7 @@ from typing import Any, Final
 from fedlora.config import RunConfig, flat, load_config
 from fedlora.config_text import Scalar
 from fedlora.errors import ConfigError
+from fedlora.privacy.budget import run_epsilon, step_sampling
 
 __all__ = ["OWN", "SHARED", "merged", "shared_settings"]
 
@@ -29,6 +30,14 @@ SHARED: Final = (
     "method.name",
     "continual.method",
     "continual.replay_rows",
+    "continual.routing",
+    "privacy.level",
+    "privacy.clip",
+    "privacy.noise_multiplier",
+    "privacy.epsilon",
+    "privacy.delta",
+    "privacy.sampling",
+    "privacy.rows",
 )  # of the run
 OWN: Final = (
     "seed",
@@ -59,6 +68,10 @@ def shared_settings(config: RunConfig) -> str:
     """The run's settings that its nodes must go by, as canonical JSON: dotted key -> scalar, and `tasks`."""
     every = flat(config)
     told: dict[str, Any] = {key: every[key] for key in SHARED}
+    if (
+        spend := run_epsilon(config)
+    ) is not None:  # which follow from rounds and batches, of which a node does not hear
+        told |= {"privacy.sampling": step_sampling(config), "privacy.epsilon": spend, "privacy.noise_multiplier": ""}
     told["tasks"] = [{k: v for k, v in task.items() if k == "name" or k in SHARED} for task in config.tasks]
     return json.dumps(told, sort_keys=True, separators=(",", ":"))
 

@@ -24,7 +24,8 @@ from fedlora.privacy.accounting import Privacy
 
 Part = Literal["A", "B", "R", "head"]
 Codec = Literal["float32", "float16", "bfloat16", "int8", "int4"]
-Kind = Literal["hello", "train", "measure", "evaluate", "error"]  # error: an answer only; its info says what is wrong
+Kind = Literal["hello", "train", "measure", "secure", "evaluate", "error"]  # error: an answer only, says what is wrong
+Stage = Literal["advertise", "share", "mask", "confirm", "unmask"]  # of a secure sum
 Overlap = Literal["squared", "absolute", "normalised"]
 
 
@@ -319,6 +320,21 @@ class Measure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Secure:
+    """One stage of a secure sum (`fedlora.privacy.secagg`); its message is the ask's.
+
+    At `advertise` the client trains by the ask's plan, whose update it keeps. What it adds to the sum is its arrays in
+    the shapes of rank `rows`, padded with zeros, B times `ratio`, all of it times its weight, min(rows, `examples`) /
+    `examples`; and the scalars of `fedlora.privacy.secagg.update`.
+    """
+
+    stage: Stage
+    rows: int = 0
+    ratio: float = 1.0
+    examples: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ask:
     """What one client is asked: blocks of W_eff (the same for all), its own frozen factors, arrays to start from.
 
@@ -330,6 +346,8 @@ class Ask:
     settings: str = ""  # deployed: what the run tells its nodes, see `fedlora.shared_settings`
     plan: TrainPlan | None = None  # None but for training
     measure: Measure | None = None
+    secure: Secure | None = None
+    message: bytes = b""  # of the server's side of a secure sum
     subspace: Subspace | None = None  # the A of plan and arrays are coordinates in it
     blocks: tuple[Block, ...] = ()
     on: str | None = None
@@ -350,6 +368,7 @@ class Answer:
     metrics: Mapping[str, float] = field(default_factory=dict)
     arrays: Mapping[str, Array] = field(default_factory=dict)
     info: Mapping[str, Any] = field(default_factory=dict)  # JSON values only
+    message: bytes = b""  # of the client's side of a secure sum
 
 
 def expected_shapes(plan: TrainPlan, layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -370,6 +389,8 @@ def expected_shapes(plan: TrainPlan, layout: Layout) -> dict[str, tuple[int, ...
 
 def expected_arrays(ask: Ask, layout: Layout) -> dict[str, tuple[int, ...]]:
     """Key -> shape of every array that an answer to `ask` must carry: of its plan, or of what it measures."""
+    if ask.secure is not None:
+        return {}
     if ask.plan is not None:
         return expected_shapes(ask.plan, layout if ask.subspace is None else layout.within(ask.subspace.dim))
     shapes: dict[str, tuple[int, ...]] = {}

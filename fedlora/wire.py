@@ -36,6 +36,7 @@ from fedlora.state import (
     Module,
     PersonalPair,
     PublicPair,
+    Secure,
     Subspace,
     Task,
     TrainPlan,
@@ -47,6 +48,7 @@ ModuleKind = Literal["linear", "conv1d", "embedding"]
 Shapes = dict[str, tuple[int, ...]]  # key -> shape, of arrays that int8 and int4 pack into strings of bytes
 
 _PROBE = "array/probe:"
+_MESSAGE = "message"  # bytes of a secure sum, as they are
 _DTYPES: Mapping[Codec, str] = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "U8", "int4": "U8"}
 
 
@@ -87,13 +89,14 @@ def encode_ask(header: Header, ask: Ask, codec: Codec = "float32", *, shared: Bl
     if ask.frozen is not None:
         arrays.update(_arrays_of(ask.frozen, "frozen/"))
     tensors, packed = _packed(arrays, codec)
-    own = body(tensors)
+    own = body(tensors | _carried(ask.message))
     values = {
         "header": asdict(header),
         "task": ask.task,
         "settings": ask.settings,
         "plan": None if ask.plan is None else asdict(ask.plan),
         "measure": None if ask.measure is None else asdict(ask.measure),
+        "secure": None if ask.secure is None else asdict(ask.secure),
         "subspace": None if ask.subspace is None else asdict(ask.subspace),
         "blocks": [[b.born, b.since, _scales(b.adapter)] for b in ask.blocks],
         "on": ask.on,
@@ -110,7 +113,7 @@ def encode_ask(header: Header, ask: Ask, codec: Codec = "float32", *, shared: Bl
 def decode_ask(data: bytes, *, max_bytes: int) -> tuple[Header, Ask]:
     """The header and ask of a message; arrays float32. Raises: WireError saying what is wrong with the bytes."""
     names = {"header", "task", "settings", "plan", "measure", "subspace", "blocks", "on", "whole", "public", "personal"}
-    names |= {"frozen", "codec", "packed"}
+    names |= {"frozen", "secure", "codec", "packed"}
     values, tables = open_message(data, "ask", max_bytes, names, bodies=2)
     own, shared = _arrays_in(tables, values)
     frozen = from_json(Mapping[str, float] | None, values["frozen"], "frozen")
@@ -119,6 +122,8 @@ def decode_ask(data: bytes, *, max_bytes: int) -> tuple[Header, Ask]:
         settings=from_json(str, values["settings"], "settings"),
         plan=from_json(TrainPlan | None, values["plan"], "plan"),
         measure=from_json(Measure | None, values["measure"], "measure"),
+        secure=from_json(Secure | None, values["secure"], "secure"),
+        message=own.carried(),
         subspace=from_json(Subspace | None, values["subspace"], "subspace"),
         blocks=_take_blocks(shared, "", from_json(tuple[SavedBlock, ...], values["blocks"], "blocks")),
         on=from_json(str | None, values["on"], "on"),
@@ -136,7 +141,7 @@ def decode_ask(data: bytes, *, max_bytes: int) -> tuple[Header, Ask]:
 def encode_answer(header: Header, answer: Answer, codec: Codec = "float32") -> bytes:
     """One answer as bytes. Raises: WireError if a value overflows float32, or a metric or fact is not finite JSON."""
     tensors, packed = _packed({f"array/{key}": x for key, x in answer.arrays.items()}, codec)
-    own = body(tensors)
+    own = body(tensors | _carried(answer.message))
     values = {
         "header": asdict(header),
         "examples": answer.examples,
@@ -166,6 +171,7 @@ def decode_answer(
         metrics=from_json(Mapping[str, float], values["metrics"], "metrics"),
         arrays={key: own.take(f"array/{key}") for key in own.names("array/")},
         info=from_json(Mapping[str, Any], values["info"], "info"),
+        message=own.carried(),
     )
     own.require_empty()
     return from_json(Header, values["header"], "header"), answer
@@ -342,6 +348,14 @@ class _Arrays:
         y.flags.writeable = False
         return y
 
+    def carried(self) -> bytes:
+        """The message that the arrays carry besides, or nothing."""
+        return self._table.take(_MESSAGE).tobytes() if _MESSAGE in self._table.rows else b""
+
+
+def _carried(message: bytes) -> dict[str, Array]:
+    return {_MESSAGE: np.frombuffer(message, np.uint8)} if message else {}
+
 
 def _take_adapter(table: Table | _Arrays, prefix: str, scales: Mapping[str, float]) -> Adapter:
     names = table.names(f"{prefix}a/")
@@ -416,6 +430,10 @@ def _arrays_in(tables: Sequence[Table], values: Mapping[str, Any]) -> list[_Arra
             )
         for key, tensor in table.rows.items():
             name = key.removeprefix("array/")
+            if key == _MESSAGE:
+                if tensor.dtype != "U8" or len(tensor.shape) != 1:
+                    raise WireError(f"message: a string of bytes, got {tensor.dtype} {tensor.shape}")
+                continue
             right = {"U8"} if key in shapes else {"F32", _DTYPES[codec]} - {"U8"}
             if tensor.dtype not in right:
                 raise WireError(f"{name} has dtype {tensor.dtype}, this message's are {', '.join(sorted(right))}")

@@ -72,6 +72,8 @@ def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]]
             raise refuse(
                 "absurd value", f"{key} has a value of {float(x.min()):.3g}, and sums of squares have none below 0"
             )
+    if asked.kind == "secure" and (answer.examples or answer.metrics or answer.info):
+        raise refuse("secure sum", "an answer in a secure sum carries its message and nothing else")
     least = 1 if asked.kind in ("train", "measure") else 0
     if not least <= answer.examples <= MAX_EXAMPLES:
         raise refuse(

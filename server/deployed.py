@@ -29,6 +29,7 @@ from fedlora.pki import load_private_key, registry
 from fedlora.processes import end_with_parent
 from fedlora.report.html import write_report
 from fedlora.shared_settings import shared_settings
+from fedlora.watching import CONDUCTOR, ENDED, JOURNAL
 from server.app import open_run, own_evaluators, require_same_settings, run
 from server.channel import Signed
 from server.checkpoint import write_atomic
@@ -47,19 +48,18 @@ __all__ = [
 ]
 
 VARIABLE: Final = "FEDLORA_DEPLOY"
-ENDED: Final = "outcome.json"  # in the state folder
-CONDUCTOR: Final = "conductor.pid"  # there too
-JOURNAL: Final = "run.jsonl"
 _TOLD: Final[Mapping[str, tuple[str, ...]]] = {
+    "conducting": ("run",),
     "waiting": ("online", "wanted"),
-    "start": ("clients", "rounds", "done"),
+    "start": ("clients", "rounds", "done", "strikes"),
     "round": ("round", "clients"),
     "answer": ("kind", "round", "client"),
-    "refused": ("client", "rule", "detail"),
-    "retry": ("round", "reason"),
-    "again": ("round", "client", "reason"),
+    "refused": ("client", "rule", "strikes"),
+    "retry": ("round",),
+    "again": ("round", "client"),
     "quarantine": ("client", "rule"),
     "closed": ("round",),
+    "personal": ("clients",),
     "done": ("seconds",),
 }  # event -> what is told of it
 _LOCK_PATIENCE = 60.0  # seconds for a process that conducted this run before to let go
@@ -104,7 +104,9 @@ def conduct(grid: Grid, deploy: DeployFile) -> Path:
     if not (deploy.folder / "config.toml").is_file():
         open_run(deploy.folder, config)
     require_same_settings(deploy.folder, config)
+    journal = Journal(deploy.state)
     with _alone(deploy.folder):
+        journal({"event": "conducting", "run": (deploy.folder / "run-id").read_text().strip()})
         channel = Signed(operator, lambda: trusted_keys(deploy), settings=shared_settings(config))
         one, several = own_evaluators(config)
         adapter = run(
@@ -112,7 +114,7 @@ def conduct(grid: Grid, deploy: DeployFile) -> Path:
             config,
             deploy.folder,
             evaluator=one,
-            notify=Journal(deploy.state),
+            notify=journal,
             tasks_evaluator=several,
             signing_key=operator,
             channel=channel,

@@ -14,6 +14,7 @@ from fedlora.adapter import Adapter, Array
 from fedlora.composition import compacted
 from fedlora.config import RunConfig
 from fedlora.model_card import model_card
+from fedlora.privacy.statement import statement
 from fedlora.provenance import MANIFEST, SIGNATURE, Ranks, describe, list_files, ranks_of, signature, utc_now
 from fedlora.state import GlobalState
 from server.checkpoint import write_atomic
@@ -70,7 +71,15 @@ def release(
         shared = method.released(state)
         # a personal method's B is zero: its A is what is shared
         save("adapter", shared if method.personal else compacted([shared]), state.open_task.extras)
-    manifest = describe(state, config, run=run, ranks=ranks, events=events, base_folder=_base_folder(config))
+    manifest = describe(
+        state,
+        config,
+        run=run,
+        ranks=ranks,
+        events=events,
+        base_folder=_base_folder(config),
+        privacy=statement(events),
+    )
     if "adapter" in ranks:
         write_atomic(folder / "adapter" / "README.md", model_card(manifest, config, events).encode())
     data = replace(manifest, files=list_files(folder, [folder / where for where in ranks])).to_bytes()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -57,6 +59,7 @@ class Hello:
     digest: str  # of the layout
     head: Mapping[str, Array]  # the base's own, as it was loaded; empty if the layout has none
     keeps: bool
+    key: bytes  # its signing key, raw; empty if it has none
 
 
 class Roster:
@@ -159,6 +162,10 @@ class Roster:
                 limit = self._config.wire.max_bytes
                 signer, data = self._channel.opened(data, headers[name], layout="", max_bytes=limit)
                 hello = _hello(admit(data, headers[name], expected=None, max_bytes=limit))
+                if hello.key and signer is not None and hashlib.sha256(hello.key).hexdigest() != signer:
+                    raise AnswerRejected(
+                        name, "other node", f"it tells another key than the one that {signer[:12]} has"
+                    )
                 if signer is not None and hello.id != signer:
                     raise AnswerRejected(
                         name, "other node", f"it calls itself {hello.id[:12]}, signed by {signer[:12]}"
@@ -197,8 +204,8 @@ class Roster:
             return Refusal(
                 name,
                 "other layout",
-                f"{len(differ)} modules or heads differ from the run's, such as {differ[:3]}; same target_modules and "
-                "labels on both sides?",
+                plain(f"{len(differ)} modules or heads differ from the run's, such as {differ[:3]}", 400)
+                + "; same target_modules and labels on both sides?",
             )
         if not 1 <= rank <= self.layout.max_rank():
             return Refusal(
@@ -209,7 +216,9 @@ class Roster:
             return Refusal(
                 name, "same id twice", f"node {self.clients[name].node} has it already; every client needs its own id"
             )
-        self.clients[name] = Enrolled(Member(id=name, rank=rank, scale=self._config.scale_of(rank)), node, hello.keeps)
+        self.clients[name] = Enrolled(
+            Member(id=name, rank=rank, scale=self._config.scale_of(rank), key=hello.key), node, hello.keeps
+        )
         return None
 
     def members(self) -> tuple[Member, ...]:
@@ -256,7 +265,15 @@ def _hello(answer: Answer) -> Hello:
         digest=parsed.digest,
         head=own,
         keeps=from_json(bool, info.get("keeps", False), "keeps"),
+        key=_key(from_json(str, info.get("key", ""), "key")),
     )
+
+
+def _key(text: str) -> bytes:
+    """Raises: WireError if it is not the 32 bytes of a raw Ed25519 key in hex, nor nothing."""
+    if text and not re.fullmatch(r"[0-9a-f]{64}", text):
+        raise WireError(f"key must be 64 hex digits, got {text!r:.80}")
+    return bytes.fromhex(text)
 
 
 def _commonest(values: list[str], what: str, fix: str) -> str:

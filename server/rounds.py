@@ -48,15 +48,18 @@ from server.channel import Channel, Plain
 from server.evaluate import Evaluator, TasksEvaluator, evaluation_ask, summary
 from server.exchange import Asked, Failure, exchange
 from server.holdings import OWNER, Holdings, Offer
+from server.private import OWNER as ACCOUNT
+from server.private import Account
 from server.roster import Refusal, Roster, sample
 from server.spool import Spool
-from strategies.base import Closed, Cohort, Member, Method, head_start
+from strategies.base import Closed, Cohort, Member, Method, SumSession, head_start
 from strategies.configured import PUBLISHED
 from strategies.streams import HEAD, blocks_known, blocks_of, head_of, streamed
 
 __all__ = ["SPOOL_MEMORY", "Conductor", "Evaluator", "Notify", "Tally", "evaluation_ask", "summary"]
 
 Notify = Callable[[dict[str, Any]], None]
+_OVER = "RoundOver"  # what a client says that helped to open a sum of this round before
 STRIKES = "strikes"  # in GlobalState.memory
 SPOOL_MEMORY = 256 * 2**20  # bytes of answers that one round may hold in memory before it spills to disk
 
@@ -108,6 +111,7 @@ class Conductor:
         self._legs = legs(config)
         self._rounds = rounds_in_all(config)
         self._holdings = Holdings()
+        self._account: Account
         self._log = RunLog(folder)
 
     def conduct(self) -> GlobalState:
@@ -145,14 +149,19 @@ class Conductor:
                 left = {k: x for k, x in state.memory.get(PUBLISHED, {}).items() if not k.startswith("head:")}
                 memory = {**state.memory, PUBLISHED: left} if PUBLISHED in state.memory else state.memory
                 state = replace(state, tasks={**state.tasks, task.name: task}, memory=memory)
+            self._account = Account(self._config, {})
+            if self._account.private:
+                state = replace(state, memory={**state.memory, ACCOUNT: self._account.memory()})
             checkpoint.save(self._checkpoints, 0, state, key=self._key)
         else:
             done, state = resumed
+            self._account = Account(self._config, state.memory.get(ACCOUNT, {}))
         self._holdings = Holdings(state.memory.get(OWNER), codec=self._config.wire.down, versioned=not self._legs)
         self._strikes = {c: int(x[0]) for c, x in state.memory.get(STRIKES, {}).items()}
         self._log.truncate_to(done)
         self._log.append(self._start_event(roster, done, tally.refused))
-        self._notify({"event": "start", "clients": len(roster.clients), "rounds": self._rounds, "done": done})
+        clients, strikes = len(roster.clients), dict(self._strikes)
+        self._notify({"event": "start", "clients": clients, "rounds": self._rounds, "done": done, "strikes": strikes})
         if self._tasks_evaluator is not None and done == 0:
             untrained = _by_task(self._tasks_evaluator.scores(state, task_names(self._config)))
             self._log.append({"event": "untrained", "tasks": untrained})
@@ -180,6 +189,7 @@ class Conductor:
         facts: Mapping[str, Mapping[str, float]] = {}
         if members or self._legs:  # an empty Poisson sample leaves the state as it is, but a task may end in it
             closed, event["clients"] = self._train(number, state, members, roster, tally)
+            self._refuse(tally, (Refusal(r.client, r.rule, r.detail) for r in closed.refused), strike=True)
             state = closed.state
             event["aggregate"] = {k: v for k, v in closed.report.items() if math.isfinite(v)}
             facts = closed.clients
@@ -189,7 +199,7 @@ class Conductor:
             event["tasks"] = [leg.name for leg in self._legs if leg.first <= number <= leg.last]
             if sealed or (every and number % every == 0):
                 event |= self._evaluate_tasks(number, state, sealed, members, roster, tally)
-        elif (members or self._evaluator) and (last or (every and number % every == 0)):
+        elif ((members and not self._unseen) or self._evaluator) and (last or (every and number % every == 0)):
             event["evaluation"] = self._evaluate(number, state, members, roster, tally)
         ranks = {m.id: m.rank for m in members}
         counted: set[str] = set()  # a client that trained two tasks has two entries, and its bytes are in the first
@@ -207,11 +217,13 @@ class Conductor:
             "refused": [vars(r) for r in sorted(tally.refused, key=lambda r: r.client)],
             "missing": sorted(tally.missing),
             **({"quarantined": sorted(tally.quarantined)} if tally.quarantined else {}),
+            **({"privacy": self._account.told()} if self._account.private else {}),
             "seconds": time.monotonic() - began,
         }
         strikes = {c: np.array([n], np.float64) for c, n in sorted(self._strikes.items())}
         memory = {k: x for k, x in state.memory.items() if k != STRIKES}
         memory |= {OWNER: self._holdings.memory()} | ({STRIKES: strikes} if strikes else {})
+        memory |= {ACCOUNT: self._account.memory()} if self._account.private else {}
         state = replace(state, memory=memory)
         self._log.append(event)
         checkpoint.save(self._checkpoints, number, state, key=self._key)
@@ -235,8 +247,10 @@ class Conductor:
         )
         for attempt in range(rounds.retries + 1):
             try:
-                return self._attempt(cohort, attempt, state, roster, tally)
+                return self._attempt(self._numbered(cohort), attempt, state, roster, tally)
             except RoundFailed as error:
+                if any(r.rule == _OVER for r in tally.refused):
+                    return Closed(state=state, report={"lost": 1.0}), []
                 if attempt == rounds.retries:
                     raise self._paused(number, str(error)) from error
                 self._notify({"event": "retry", "round": number, "reason": str(error)})
@@ -258,10 +272,10 @@ class Conductor:
             finally:
                 if answers is not None:
                     answers.clear()
-            kind: Kind = "measure" if any(ask.measure for ask in asks.values()) else "train"
+            kind = _kind_of(asks)
             answers, told_now = self._ask(kind, cohort.round, attempt, phase, state, asks, roster, tally)
             quorum = math.ceil(self._config.rounds.quorum * len(asks))
-            if len(answers) < quorum:
+            if len(answers) < quorum and kind != "secure":  # which has rules of its own for who may be missing
                 answers.clear()
                 why = "; ".join(_say(r) for r in tally.refused[-3:])
                 raise RoundFailed(
@@ -269,8 +283,24 @@ class Conductor:
                     f"(the last refusals: {why}). Bring the clients back, or begin a new run with a lower "
                     "rounds.quorum."
                 )
+            if kind == "secure" and any(ask.secure and ask.secure.stage == "mask" for ask in asks.values()):
+                told += _of_tasks([{"id": c["id"]} for c in told_now], asks)
             told += _of_tasks(told_now, asks) if kind == "train" and (self._legs or not told) else []
         raise AssertionError("unreachable: the loop returns or raises")
+
+    @property
+    def _unseen(self) -> bool:
+        """Whether nothing of a single client may be seen: then clients do not score."""
+        return self._account.private or self._config.secure.on
+
+    def _numbered(self, cohort: Cohort) -> Cohort:
+        """The cohort with a number for its secure sum that no earlier attempt had, also before a crash."""
+        if not self._config.secure.on:
+            return cohort
+        path = self._checkpoints / "sums"
+        number = int(path.read_text()) + 1 if path.exists() else 0
+        checkpoint.write_atomic(path, str(number).encode())
+        return replace(cohort, session=SumSession(run=self._run, round=cohort.round, attempt=number))
 
     def _paused(self, number: int, why: str) -> RoundFailed:
         return RoundFailed(
@@ -286,7 +316,8 @@ class Conductor:
         Who did not answer the training at all is not asked again: that could cost another deadline.
         """
         common = evaluation_ask(state) if self._method.evaluation is None else None
-        asks = {m.id: common or self._evaluation(state, m) for m in members if m.id not in tally.missing}
+        scoring = () if self._unseen else members  # a score is a sum over one client's rows, in the clear
+        asks = {m.id: common or self._evaluation(state, m) for m in scoring if m.id not in tally.missing}
         spool, told = self._ask("evaluate", number, 0, 0, state, asks, roster, tally)
         spool.clear()
         result = summary(_added(client["metrics"] for client in told))
@@ -313,7 +344,7 @@ class Conductor:
         own: dict[str, dict[str, float]] = {}
         clients: dict[str, dict[str, float]] = {}
         way = self._config.continual.method
-        if way != "nearest-mean":
+        if way != "nearest-mean" and not self._unseen:
             for phase, leg in enumerate(begun):
                 ask = Ask(
                     task=leg.name,
@@ -437,11 +468,14 @@ class Conductor:
             code=code_digest(),
         )
         asks = {c: self._coded(ask) for c, ask in asks.items()}
+        self._account.asked(number, attempt, phase, asks)
         shapes: dict[tuple[int, tuple[Part, ...]], dict[str, tuple[int, ...]]] = {}  # few: asks share rank and parts
         bodies: dict[tuple[int, ...], BlocksBody] = {}  # few: clients lack the same blocks, which are encoded once
         offers: dict[str, Offer] = {}
 
         def expected(client: str) -> dict[str, tuple[int, ...]]:
+            if kind == "secure":
+                return {}
             plan = asks[client].plan
             key = (0, ()) if plan is None else (plan.rank, plan.send)  # all else is the same for all
             if key not in shapes:
@@ -452,7 +486,9 @@ class Conductor:
             return decode_answer(data, max_bytes=wire.max_bytes, expected=expected(client))[1]
 
         def offered(client: str) -> Offer:
-            if roster.clients[client].keeps:
+            if kind == "secure" and asks[client].plan is None:
+                offer = Offer(None, (), "")
+            elif roster.clients[client].keeps:
                 plan = asks[client].plan
                 merge = plan is None or plan.against == 0  # a penalty is measured against each of them
                 offer = self._holdings.offer(client, asks[client].blocks, state.version, merge=merge)
@@ -471,7 +507,8 @@ class Conductor:
             return self._channel.sealed(client, data)
 
         place = self._spool / f"{number:06d}-{attempt}-{kind}-{phase}"
-        spool = Spool(place, decode, memory_limit=SPOOL_MEMORY, durable=self._durable)
+        durable = self._durable and kind != "secure"  # the keys of a secure sum do not outlive this process
+        spool = Spool(place, decode, memory_limit=SPOOL_MEMORY, durable=durable)
         told: dict[str, dict[str, Any]] = {}
 
         def accept(client: str, answer: Answer) -> None:
@@ -546,23 +583,24 @@ class Conductor:
         return spool, [told[c] for c in sorted(told)]
 
     def _coded(self, ask: Ask) -> Ask:
-        """The ask with the settings that its client goes by, and the codec that its answer travels in."""
+        """The ask with the settings that its client goes by, its privacy, and the codec that its answer travels in."""
         ask = replace(ask, settings=self._channel.settings)
         if ask.plan is None:
             return ask
         wire = self._config.wire
         top = wire.top if ask.plan.feedback == "product" else None
-        return replace(ask, plan=replace(ask.plan, codec=wire.up, top=top))
+        return replace(ask, plan=replace(ask.plan, codec=wire.up, top=top, privacy=self._account.privacy))
 
     def _refuse(self, tally: Tally, refusals: Iterable[Refusal], *, strike: bool = False) -> None:
         """Note who was refused. With `strike` it counts towards quarantine: what was sent was wrong, not late."""
         for refusal in refusals:
             tally.refused.append(refusal)
-            self._notify({"event": "refused", **vars(refusal)})
+            strikes = self._strikes.get(refusal.client, 0) + strike
+            self._notify({"event": "refused", **vars(refusal), "strikes": strikes})
             if not strike:
                 continue
-            self._strikes[refusal.client] = self._strikes.get(refusal.client, 0) + 1
-            if self._strikes[refusal.client] == self._config.rounds.quarantine:
+            self._strikes[refusal.client] = strikes
+            if strikes == self._config.rounds.quarantine:
                 self._notify({"event": "quarantine", "client": refusal.client, "rule": refusal.rule})
 
     def _quarantined(self, client: str) -> bool:
@@ -590,6 +628,12 @@ class Conductor:
             "resumed_after": done,
             "refused": [vars(r) for r in refused],
         }
+
+
+def _kind_of(asks: Mapping[str, Ask]) -> Kind:
+    if any(ask.secure for ask in asks.values()):
+        return "secure"
+    return "measure" if any(ask.measure for ask in asks.values()) else "train"
 
 
 def _of_tasks(told: list[dict[str, Any]], asks: Mapping[str, Ask]) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-import psutil
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from fedlora.bundle import write_bundle
@@ -32,8 +31,10 @@ from fedlora.deploy import DeployFile
 from fedlora.errors import FedLoRAError
 from fedlora.pki import WARNING, Node, load_certificate, load_private_key, registry, require_valid
 from fedlora.processes import Died, Notify, Program, Programs, private_folder, program_path
+from fedlora.watching import PROGRAMS, alive, programs_record
 from server.checkpoint import write_atomic
 from server.deployed import CONDUCTOR, ENDED, VARIABLE, Outcome, read_outcome, run_settings
+from server.watch import endpoint
 
 __all__ = ["Serving", "environment", "serve"]
 
@@ -68,6 +69,7 @@ class Serving:
         self._run = 0  # Flower's id of the run that was submitted last
         self._asked = 0.0
         self._resubmitted: list[float] = []
+        self._noted: dict[str, int] = {}  # what programs.json says
 
     def check(self) -> None:
         """Refuse to start with wrong keys, certificates or settings. Raises: FedLoRAError naming what is wrong."""
@@ -103,6 +105,8 @@ class Serving:
         )
         write_bundle(state / "bundle")
         (state / ENDED).unlink(missing_ok=True)
+        (state / CONDUCTOR).unlink(missing_ok=True)
+        self._note_programs()
         tls = ["--ssl-ca-certfile", keys / "ca.pem", "--ssl-certfile", keys / "server.pem"]
         tls += ["--ssl-keyfile", keys / "server.key"]
         listen = ["--host", self._deploy.host, "--port", str(self._deploy.port)]
@@ -126,6 +130,7 @@ class Serving:
         Returns how the run ended, if it has. Raises: Died if that happens too often.
         """
         self._programs.look()
+        self._note_programs()
         outcome = read_outcome(self._deploy)
         if outcome is not None:
             return outcome
@@ -142,7 +147,7 @@ class Serving:
     def _conductor_lost(self) -> str:
         """Why the run needs a new conductor, or nothing: its process is gone, or Flower says that it ended."""
         pid = self._deploy.state / CONDUCTOR
-        if pid.exists() and not _alive(int(pid.read_text())):
+        if pid.exists() and not alive(int(pid.read_text())):
             return "its conductor is gone"
         now = time.monotonic()
         if now - self._asked < _ASK_FLOWER:
@@ -154,6 +159,7 @@ class Serving:
     def stop(self) -> None:
         """Stop Flower; the run can be gone on with."""
         self._programs.stop()
+        (self._deploy.state / PROGRAMS).unlink(missing_ok=True)
 
     def running(self) -> dict[str, int]:
         """Program -> process id."""
@@ -171,6 +177,14 @@ class Serving:
             environment=self._environment,
         )
         self._programs.start(program)
+        self._note_programs()
+
+    def _note_programs(self) -> None:
+        """`programs.json` in the state folder: what runs, for `fedlora status`; written when that changed."""
+        running = {"server": os.getpid(), **self.running()}
+        if running != self._noted:
+            write_atomic(self._deploy.state / PROGRAMS, programs_record(running))
+            self._noted = running
 
     def _wait_for_port(self) -> None:
         end = time.monotonic() + _START
@@ -257,14 +271,6 @@ class Serving:
         return dict(said)
 
 
-def _alive(pid: int) -> bool:
-    """Whether the process runs; one that has ended and that its executor never asked for its status does not."""
-    try:
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 def serve(deploy: DeployFile, path: Path, *, notify: Notify, each: Callable[[Serving], None] | None = None) -> Outcome:
     """Serve until the run has ended, or SIGTERM or SIGINT comes; `each` is called at every look.
 
@@ -279,14 +285,15 @@ def serve(deploy: DeployFile, path: Path, *, notify: Notify, each: Callable[[Ser
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        serving.start()
-        while not stopped:
-            outcome = serving.watch()
-            if outcome is not None:
-                return outcome
-            if each is not None:
-                each(serving)
-            time.sleep(_LOOK)
+        with endpoint(deploy):
+            serving.start()
+            while not stopped:
+                outcome = serving.watch()
+                if outcome is not None:
+                    return outcome
+                if each is not None:
+                    each(serving)
+                time.sleep(_LOOK)
         return Outcome(state="stopped", detail=f"signal {stopped[0]}; start it again to go on", pid=os.getpid())
     finally:
         serving.stop()

@@ -92,7 +92,11 @@ def simulate(
     if has_personal(config):
         export_personal(config, folder)
     else:
-        shutil.rmtree(folder / "clients", ignore_errors=True)  # answers that only a crash would have needed again
+        # answers that only a crash would have needed again; the ledgers of private runs lie beside them and stay
+        kept = folder / "clients"
+        if config.privacy.level != "none":
+            kept /= (folder / "run-id").read_text().strip()
+        shutil.rmtree(kept, ignore_errors=True)
     made: list[Reference] = []
     wanted = [] if config.tasks else (["bare base"] if bare else []) + list(references)
     if config.tasks and references:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from fedlora.adapter import Adapter, Array, Factors
 from fedlora.config import MethodConfig
-from fedlora.errors import MethodError
+from fedlora.errors import AnswerRejected, MethodError
 from fedlora.rng import public_normal, public_orthonormal, stream
 from fedlora.state import (
     Answer,
@@ -52,11 +52,24 @@ HEAD_STD = 0.02  # standard deviation of a new head's weights, as transformers i
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
-    """One client as a method sees it: stable id, LoRA rank r_k, and scale s_k (alpha / rank, or as configured)."""
+    """One client as a method sees it: stable id, LoRA rank r_k, and scale s_k (alpha / rank, or as configured).
+
+    `key` is its raw Ed25519 public key (32 bytes), where it told one; only secure sums look at it.
+    """
 
     id: str
     rank: int
     scale: float
+    key: bytes = b""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumSession:
+    """Which secure sum of which run this is: `attempt` was never used before in this run."""
+
+    run: str
+    round: int
+    attempt: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +83,7 @@ class Cohort:
     training: LocalTraining
     seed: int
     progress: tuple[float, float]  # of the whole run, at the first and after the last local step of this round
+    session: SumSession | None = None  # where secure sums are on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +93,7 @@ class Closed:
     state: GlobalState
     report: dict[str, float]
     clients: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # id -> facts about its update, to log
+    refused: tuple[AnswerRejected, ...] = ()  # what only the method could see was wrong
 
 
 Round = Generator[Mapping[str, Ask], Mapping[str, Answer], Closed]
@@ -165,6 +180,14 @@ def new_head(layout: Layout, seed: int) -> dict[str, Array]:
         else np.zeros(shape, np.float32)
         for name, shape in sorted(layout.head.items())
     }
+
+
+def plan_of_largest(asks: Mapping[str, Ask]) -> str:
+    """The client whose plan trains the largest rank, the first by id among equals. Raises: MethodError for no plan."""
+    ranks = {c: ask.plan.rank for c, ask in asks.items() if ask.plan is not None}
+    if not ranks or len(ranks) < len(asks):
+        raise MethodError("asks without a plan train nothing, so there is nothing to add up")
+    return min(ranks, key=lambda c: (-ranks[c], c))
 
 
 def largest(members: Sequence[Member], method: str) -> Member:
@@ -353,6 +376,7 @@ __all__ = [
     "Method",
     "Open",
     "Round",
+    "SumSession",
     "Sums",
     "blocks_for_all",
     "fresh_a",
@@ -372,6 +396,7 @@ __all__ = [
     "pair_of",
     "part",
     "plan_for",
+    "plan_of_largest",
     "play",
     "register",
     "relative",

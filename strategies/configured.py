@@ -1,6 +1,6 @@
 """The method of a run with everything that its settings wrap around it.
 
-    inner method  <  robust rule  <  server optimiser  <  publication in the codec of the way down
+    inner method  <  secure sums, or a robust rule  <  server optimiser  <  publication in the codec of the way down
 
 Each wrapper is a Method again, under the inner one's name.
 """
@@ -15,6 +15,7 @@ from fedlora.feedback import publish
 from fedlora.state import Codec, GlobalState, Layout
 from strategies.base import Closed, Cohort, Member, Method, Round, get
 from strategies.robust import guarded
+from strategies.secured import secured
 from strategies.server_optimizer import optimised
 
 __all__ = ["PUBLISHED", "configured", "published"]
@@ -26,6 +27,8 @@ _STARTS = ("flora",)  # owners of pairs in the memory that a round starts from a
 def configured(config: RunConfig) -> Method:
     """The method that the settings name, wrapped as they say. Raises: MethodError as `strategies.base.get`."""
     method = get(config.method.name)
+    if config.secure.on:
+        method = secured(method, config.secure)
     if config.robust.rule != "none":
         method = guarded(method, config.robust)
     if config.server.optimizer != "none":

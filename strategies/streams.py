@@ -336,6 +336,8 @@ class _Stream:
     ) -> Ask:
         """A method's ask as the client gets it: with the sealed tasks, in its subspace, under the way's penalty."""
         plan = ask.plan
+        if plan is None and ask.secure is not None:  # a later stage of a secure sum
+            return replace(ask, task=leg.name)
         if plan is not None and self._way == "o-lora" and under and "A" in plan.train:
             plan = replace(
                 plan,

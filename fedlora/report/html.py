@@ -234,6 +234,9 @@ def _keys(run: Run) -> list[tuple[str, str, str]]:
     if seconds:
         memory = (run.end or {}).get("peak_memory_mib")
         keys.append(("time", duration(seconds), f"peak memory {size(memory * 2**20)}" if memory else ""))
+    if spent := _spent(run):
+        terms = run.rounds[-1]["privacy"]
+        keys.append(("epsilon", f"{spent[-1][1]:.2f}", f"of a training {terms['unit']}, at delta {terms['delta']:g}"))
     ranks = [c["rank"] for c in run.start.get("clients", ()) if "rank" in c]
     if ranks:
         same = min(ranks) == max(ranks)
@@ -262,6 +265,11 @@ def _task_keys(stream: Stream, measure: str) -> list[tuple[str, str, str]]:
 
 def _last(run: Run, key: str) -> float | None:
     return next((a[key] for e in reversed(run.rounds) if key in (a := e.get("aggregate") or {})), None)
+
+
+def _spent(run: Run) -> list[tuple[float, float]]:
+    """Epsilon of any one client by round; empty where nothing is promised."""
+    return [(float(e["round"]), float(e["privacy"]["epsilon"])) for e in run.rounds if "privacy" in e]
 
 
 def _training_loss(run: Run, key: str = "loss_after") -> list[tuple[float, float]]:
@@ -329,6 +337,7 @@ def _sections(run: Run) -> list[dict[str, Any]]:
         [Series(name="error", points=missed, tone=2)],
         _error,
     )
+    spent = line_chart("Epsilon by round", [Series(name="spent", points=_spent(run), tone=5)], decimal)
     whose = "a task's adapter" if run.stream else "the adapter"
     said = [f"the rank of what {whose} adds to the base"] if rank else []
     said += ["what combining the clients' factors costs"] if truncation or aggregation else []
@@ -353,6 +362,12 @@ def _sections(run: Run) -> list[dict[str, Any]]:
             "title": "What was sent",
             "text": f"All clients together: {_travels(run)}, and their headers. The base model never travels.",
             "charts": _drawn(("A round", "up and down", traffic), ("In all", "up and down together", together)),
+        },
+        {
+            "title": "What a row may have told",
+            "text": "Epsilon of a client that took part in every round so far: each adds the noise itself, before "
+            "anything leaves it. What clients would have said of their losses stays with them.",
+            "charts": _drawn(("Epsilon", "spent in all", spent)),
         },
         {
             "title": "What the server keeps",

@@ -109,6 +109,19 @@ class ClientRound(TypedDict):
     bytes_down: NotRequired[int]
 
 
+class Spent(TypedDict):
+    """What any one client has spent at most so far, see docs/PRIVACY.md."""
+
+    unit: str
+    relation: str
+    epsilon: float
+    delta: float
+    noise_multiplier: float
+    clip: float
+    sampling: float  # of a row, in a step
+    steps: int  # counted so far
+
+
 class Aggregate(TypedDict):
     """What the method says of its new state. Of two tasks in a round the second has `task/key` where both have a key.
 
@@ -173,6 +186,7 @@ class RoundEvent(TypedDict):
     bytes_down: NotRequired[int]
     refused: NotRequired[list[Refused]]
     missing: NotRequired[list[str]]
+    privacy: NotRequired[Spent]
 
 
 class ReferenceEvent(TypedDict):

@@ -67,7 +67,8 @@ def train_client(
     core, B R in place of B). tail_penalty, overlap_penalty, anchor_penalty, only where the plan has one: what it added
     to the loss, mean over steps; the losses above are without it.
     tokens: all but padding; answer_tokens: those predicted; rows: presentations; steps; seconds: this call;
-    step_seconds: forward, backward and optimiser alone.
+    step_seconds: forward, backward and optimiser alone. Under privacy only steps and weight_change, the examples are the
+    number of rows that the plan takes a client to have, and rows without a loss are left out without a word.
 
     Raises: TrainingError if there are no usable rows, the plan cannot be followed or the loss is not finite (nothing is
     sent then); BaseMismatch if the base, or a public A or N, is not the server's; AdapterError if blocks do not fit.
@@ -83,7 +84,10 @@ def train_client(
             "same model, revision and files on both sides?"
         )
     check_plan(plan, coordinates(ask, base.layout), who)
-    check_rows(base, rows, header)
+    if plan.privacy is None:
+        check_rows(base, rows, header)
+    else:  # to say how many are of no use, or to stop for one of them, would tell of them
+        rows = [row for row in rows if _usable(base, row)]
     basis = bases(ask, header, base.layout)
     begun = start(ask, plan, header, base.layout, kept)
     with ExitStack() as stack:
@@ -100,7 +104,10 @@ def train_client(
             kept.clear()
             kept.update(trained.own())
     if plan.privacy is not None:  # losses, norms, counts and times are of private rows
-        return Answer(examples=1, metrics={"steps": float(progress.steps), "weight_change": change}, arrays=arrays)
+        nominal = max(1, round(plan.privacy.expected / plan.privacy.sampling))
+        return Answer(
+            examples=nominal, metrics={"steps": float(progress.steps), "weight_change": change}, arrays=arrays
+        )
     metrics = {**progress.metrics(), "weight_change": change, "seconds": time.perf_counter() - begin}
     return Answer(examples=len(rows), metrics=metrics, arrays=arrays)
 
@@ -110,14 +117,19 @@ def check_rows(base: Base, rows: Sequence[TokenRow], header: Header) -> None:
     if not rows:
         raise TrainingError(f"client {header.client} has no training rows; is its share of the data empty?")
     if base.task_type == "sequence-classification":
-        classes = range(base.model.config.num_labels)
-        bad = sum(row.label not in classes or not all(c in classes for c in row.choices or ()) for row in rows)
-        rule = f"no label from 0 to {len(classes) - 1}, or choices beyond"
+        rule = f"no label from 0 to {base.model.config.num_labels - 1}, or choices beyond"
     else:
-        bad = sum(not row.answer[1:].any() for row in rows)
         rule = "no answer token after the first token; are prompts cut at model.max_length?"
-    if bad:
+    if bad := sum(not _usable(base, row) for row in rows):
         raise TrainingError(f"client {header.client}: {bad} of {len(rows)} rows have {rule}")
+
+
+def _usable(base: Base, row: TokenRow) -> bool:
+    """Whether the row has a loss."""
+    if base.task_type == "sequence-classification":
+        classes = range(base.model.config.num_labels)
+        return row.label in classes and all(c in classes for c in row.choices or ())
+    return bool(row.answer[1:].any())
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,6 +72,7 @@ def test_a_hello_says_who_it_is(trained: list[Header]) -> None:
         "base": BASE,
         "layout": LAYOUT.to_json(),
         "keeps": False,
+        "key": "",
     }
 
 

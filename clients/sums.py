@@ -1,0 +1,160 @@
+"""A client's side of secure sums: trains once, keeps the update in this process, and goes through the stages.
+
+Keys and update live in memory alone: a process that ends is a client that drops out. What must outlive it is the
+record of what was consented to (`fedlora.privacy.secagg.consent`), which is on disk before any message that it allows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import numpy as np
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+
+from clients.memory import Memory
+from fedlora.base import Base
+from fedlora.errors import FedLoRAError, TrainingError, WireError
+from fedlora.pki import node_id
+from fedlora.privacy.secagg import messages
+from fedlora.privacy.secagg.client import Client
+from fedlora.privacy.secagg.consent import Consent
+from fedlora.privacy.secagg.context import Context
+from fedlora.privacy.secagg.packing import Packing
+from fedlora.privacy.secagg.refusal import Refused
+from fedlora.privacy.secagg.update import packing, vector
+from fedlora.state import Answer, Ask, Header, expected_shapes
+
+__all__ = ["RoundOver", "answered"]
+
+_CONSENT = "consent"
+
+
+class RoundOver(FedLoRAError):
+    """This client helped to open a sum of this round, and will not add to another one of it."""
+
+
+@dataclass
+class _Session:
+    """What one client holds between the stages of a round."""
+
+    context: Context
+    client: Client
+    round: int
+    update: NDArray[np.float32]
+    plan: str  # digest of the ask that the update answers
+
+
+_SESSIONS: dict[tuple[str, str], _Session] = {}  # by run and client
+
+
+class _Kept:
+    """The record of one run in a client's memory folder."""
+
+    def __init__(self, memory: Memory, run: str) -> None:
+        self._memory, self._run = memory, run
+
+    def load(self) -> Consent:
+        data = self._memory.durable(_CONSENT)
+        return Consent(self._run) if data is None else Consent.from_bytes(data)
+
+    def save(self, consent: Consent) -> None:
+        self._memory.keep_durable(_CONSENT, consent.to_bytes())
+
+
+def answered(
+    header: Header,
+    ask: Ask,
+    *,
+    base: Base,
+    key: Ed25519PrivateKey | None,
+    memory: Memory | None,
+    trusted: Collection[str] | None,
+    train: Callable[[], Answer],
+) -> Answer:
+    """The client's message of one stage. `train()` is called once a round, and again only for another plan.
+
+    `trusted` are the ids that may be in a sum with this client; None: whoever the server says.
+    Raises: RoundOver; Refused where the protocol's rules forbid it; TrainingError without a key, a memory folder or a
+    session; WireError for a message that is none.
+    """
+    assert ask.secure is not None
+    if key is None or memory is None:
+        raise TrainingError(
+            f"{header.client}: a secure sum needs a signing key and a memory folder, which this client has not; run it "
+            "as a node, or under fedlora simulate"
+        )
+    who = (header.run, node_id(key.public_key()))
+    if ask.secure.stage == "advertise":
+        _SESSIONS[who] = _begun(header, ask, base, key, memory, trusted, train, _SESSIONS.pop(who, None))
+        return Answer(message=_SESSIONS[who].client.advertise().to_bytes())
+    session = _SESSIONS.get(who)
+    if session is None or session.round != header.round:
+        raise TrainingError(f"{header.client}: no secure sum of round {header.round} is open here; was it restarted?")
+    told = messages.from_server(ask.message, session.context)
+    stage, client = ask.secure.stage, session.client
+    if stage == "share" and isinstance(told, messages.Advertisements):
+        return Answer(message=client.share(told).to_bytes())
+    if stage == "mask" and isinstance(told, messages.Deliveries):
+        return Answer(message=client.mask(told, session.update).to_bytes())
+    if stage == "confirm" and isinstance(told, messages.Survivors):
+        return Answer(message=client.confirm(told).to_bytes())
+    if stage == "unmask" and isinstance(told, messages.UnmaskRequest):
+        said = client.unmask(told).to_bytes()
+        del _SESSIONS[who]  # the round is over for this client
+        return Answer(message=said)
+    raise WireError(f"a {type(told).__name__} at the stage {stage}")
+
+
+def _begun(
+    header: Header,
+    ask: Ask,
+    base: Base,
+    key: Ed25519PrivateKey,
+    memory: Memory,
+    trusted: Collection[str] | None,
+    train: Callable[[], Answer],
+    before: _Session | None,
+) -> _Session:
+    assert ask.secure is not None
+    plan = ask.plan
+    if plan is None:
+        raise TrainingError(f"{header.client}: a secure sum without a plan has nothing to add up")
+    layout = base.layout if ask.subspace is None else base.layout.within(ask.subspace.dim)
+    into = packing(expected_shapes(replace(plan, rank=ask.secure.rows), layout))
+    context = Context.from_bytes(ask.message)
+    context.require(run=header.run, round=header.round, base=base.fingerprint, layout=into.digest)
+    mine = node_id(key.public_key())
+    if mine in context.members and context.members[mine].rank != plan.rank:
+        raise Refused(
+            "context", f"this client is on the roster with rank {context.members[mine].rank}, not {plan.rank}"
+        )
+    if trusted is not None and (strangers := sorted(context.members.keys() - set(trusted))):
+        raise Refused("roster", f"{strangers[0][:12]} and {len(strangers) - 1} others are not in this node's own list")
+    kept = _Kept(memory, header.run)
+    record = kept.load()
+    if record.round == context.round and record.answered:
+        raise RoundOver(f"round {context.round} was opened with this client's help; go on to the next")
+    client = Client(context, key, kept)
+    digest = hashlib.sha256(repr((plan, ask.secure, ask.task, ask.whole)).encode()).hexdigest()
+    if before is not None and (before.round, before.plan) == (header.round, digest):
+        return _Session(context, client, header.round, before.update, digest)
+    return _Session(context, client, header.round, _update(train(), ask, into, context.fixed_point.bound), digest)
+
+
+def _update(answer: Answer, ask: Ask, into: Packing, bound: float) -> NDArray[np.float32]:
+    assert ask.secure is not None
+    losses = [answer.metrics.get(name, 0.0) for name in ("loss_before", "loss_after")]
+    before, after = (x if math.isfinite(x) else 0.0 for x in losses)
+    return vector(
+        answer.arrays,
+        into,
+        examples=answer.examples,
+        most=ask.secure.examples,
+        ratio=ask.secure.ratio,
+        bound=bound,
+        losses=(before, after),
+    )

@@ -1,0 +1,144 @@
+"""What a run with private rows would promise and cost, before it is run: `fedlora plan --privacy`.
+
+How much noise the model gets, beside what it can learn from (Sun et al., ICLR 2024, arXiv 2403.12313, for frozen A;
+Singhal et al. 2025, arXiv 2502.15436, for cores): the sum of a step's clipped gradients over its expected rows is at
+most C long, and the noise on it is z C sqrt(m) / (q N) long for m numbers trained. The mean of K clients has a
+1/sqrt(K) of that:
+
+    noise to signal = z sqrt(m) / (q N sqrt(K))
+
+in one step, in the coordinates of what is trained. It is a bound on the signal, so true ratios are larger. Where both
+factors are noised, their product has Z_B Z_A besides, which is quadratic in the noise and not in these numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fedlora.config import RunConfig
+from fedlora.continual.tasks import rounds_in_all
+from fedlora.errors import ConfigError
+from fedlora.privacy.accounting import Event, Privacy, advice, epsilon, noise_multiplier
+from fedlora.privacy.budget import planned_steps, step_sampling
+from fedlora.report.charts import Series, line_chart
+from fedlora.state import Layout
+
+__all__ = ["TARGETS", "Plan", "Row", "picture", "plan"]
+
+TARGETS = (8.0, 3.0, 1.0)  # shown where the settings name neither epsilon nor noise
+WAYS = ("both factors", "B alone (FFA)", "core (Fed-SB)")
+_STYLE = (
+    "<style>text{font:11px sans-serif;fill:#333}.dim,.ref{opacity:.6}.line{fill:none;stroke-width:2}"
+    ".grid{stroke:#ddd}.t1{stroke:#0b6e99;fill:#0b6e99}.t2{stroke:#b5542b;fill:#b5542b}.t3{stroke:#4b7f3a;"
+    "fill:#4b7f3a}polyline.line{fill:none}text.name{stroke:none}</style>"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One amount of noise: what it promises, and its ratio to the signal by way (in the order of `WAYS`)."""
+
+    epsilon: float
+    noise_multiplier: float
+    ratios: tuple[float, float, float]
+    advice: str  # empty if nothing is wrong
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Clients, steps and sizes of a run, and a `Row` for each amount of noise."""
+
+    clients: int
+    rounds: int
+    steps: int  # of one client in the whole run
+    sampling: float
+    rows: int
+    delta: float
+    rank: int
+    modules: int
+    trained: tuple[int, int, int]  # numbers trained by way
+    upload: tuple[int, int, int]  # bytes of all clients and rounds by way, as float32
+    noise: tuple[Row, ...]
+    whole_clients: str  # what noise as large as the clip, on a round's sum, would promise to whole clients
+
+
+def plan(config: RunConfig, layout: Layout) -> Plan:
+    """The plan of these settings on this base, at the largest rank; also where `privacy.level` is none.
+
+    Then `privacy.rows` is what the embedded skills have, and epsilon those of `TARGETS`. Cost: seconds.
+    Raises: ConfigError if it is not known how many rows a client has, or steps are given as epochs.
+    """
+    own = config.privacy
+    if own.rows is None and config.data.name == "skills":
+        own = own.model_copy(update={"rows": config.data.rows_per_client})
+        config = config.model_copy(update={"privacy": own})
+    if own.rows is None:
+        raise ConfigError(
+            "privacy.rows: how many rows does a client have? Say it with --set privacy.rows=1000 and level=example"
+        )
+    sampling, steps, delta = step_sampling(config), planned_steps(config), own.delta
+    rank, clients, rounds = max(config.lora.ranks), config.rounds.clients, rounds_in_all(config)
+    if own.noise_multiplier is not None:
+        noises = [own.noise_multiplier]
+    else:
+        wanted = (own.epsilon,) if own.epsilon is not None else TARGETS
+        noises = [noise_multiplier(e, delta, sampling=sampling, times=steps) for e in wanted]
+    head = sum(math.prod(shape) for shape in layout.head.values())
+    shapes = [(m.out, m.inp) for m in layout.modules.values()]
+    trained = (
+        head + sum(rank * (out + inp) for out, inp in shapes),
+        head + sum(rank * out for out, _ in shapes),
+        head + sum(rank * rank for _ in shapes),
+    )
+    rows = []
+    for z in noises:
+        events = [Event(noise_multiplier=z, sampling=sampling, times=steps)]
+        ratios = [z * math.sqrt(m) / (sampling * own.rows * math.sqrt(clients)) for m in trained]
+        rows.append(
+            Row(
+                epsilon=epsilon(events, delta),
+                noise_multiplier=z,
+                ratios=(ratios[0], ratios[1], ratios[2]),
+                advice=advice("example", own.rows, events, delta),
+            )
+        )
+    whole = [Event(noise_multiplier=1.0, sampling=config.rounds.fraction, times=rounds)]
+    spent = f"epsilon {epsilon(whole, 0.1 / clients):.1f} at delta {0.1 / clients:g}"
+    up = [4 * m * clients * rounds for m in trained]
+    return Plan(
+        clients=clients,
+        rounds=rounds,
+        steps=steps,
+        sampling=sampling,
+        rows=own.rows,
+        delta=delta,
+        rank=rank,
+        modules=len(shapes),
+        trained=trained,
+        upload=(up[0], up[1], up[2]),
+        noise=tuple(rows),
+        whole_clients=advice("client", clients, whole, 0.1 / clients) or spent,
+    )
+
+
+def picture(planned: Plan) -> str:
+    """Epsilon against rounds, one line for each amount of noise, as an SVG file."""
+    each = planned.steps / planned.rounds
+    at = sorted({max(1, round(planned.rounds * i / 12)) for i in range(1, 13)})
+    series = [_course(row, planned, at, each, tone) for tone, row in enumerate(planned.noise, 1)]
+    drawn = line_chart("Epsilon by round", series, lambda e: f"{e:.3g}")
+    head, rest = drawn.split(">", 1)
+    return f'{head} xmlns="http://www.w3.org/2000/svg" style="background:#fff">{_STYLE}{rest}\n'
+
+
+def _course(row: Row, planned: Plan, at: Sequence[int], each: float, tone: int) -> Series:
+    private = Privacy(
+        clip=1.0,
+        noise_multiplier=row.noise_multiplier,
+        sampling=planned.sampling,
+        expected=planned.sampling * planned.rows,
+    )
+    points = [(float(n), epsilon([private.event(math.ceil(each * n))], planned.delta)) for n in at]
+    return Series(name=f"noise {row.noise_multiplier:.3g}", points=points, tone=tone)

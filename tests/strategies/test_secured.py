@@ -1,0 +1,319 @@
+"""Methods under secure sums: the state of the plain method, whoever drops out, and nothing seen but a sum.
+
+Clients are the real client side (`clients.sums`), with a trainer that moves its start by seeded noise; every ask and
+answer goes over the wire.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+import strategies
+from clients import sums
+from clients.memory import Memory
+from fedlora.config import ConfigError, MethodConfig, SecureConfig, load_config
+from fedlora.config_secure import LINEAR, NESTED
+from fedlora.errors import FedLoRAError, MethodError, RoundFailed
+from fedlora.privacy.secagg.refusal import Refused
+from fedlora.rng import stream
+from fedlora.state import (
+    Answer,
+    Ask,
+    GlobalState,
+    Header,
+    Layout,
+    LocalTraining,
+    Module,
+    expected_arrays,
+)
+from fedlora.wire import decode_answer, decode_ask, encode_answer, encode_ask
+from strategies.base import Closed, Cohort, Member, Method, SumSession, get
+from strategies.secured import secured
+
+BASE = "ab" * 32
+LAYOUT = Layout(
+    modules={"q": Module(out=6, inp=8), "v": Module(out=5, inp=7)}, head={"score.weight": (3, 6), "score.bias": (3,)}
+)
+TRAINING = LocalTraining(learning_rate=1e-3, local_steps=1, local_epochs=None, batch_size=1)
+SETTINGS = SecureConfig(on=True)
+RANKS = (4, 4, 4, 2, 2, 2)
+
+
+@dataclass
+class Party:
+    """One client: its key, its memory, its rows; `gone` names the stage from which on it is silent."""
+
+    id: str
+    rank: int
+    examples: int
+    memory: Memory
+    key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+    scale: float = 2.0
+    gone: str = ""
+    trained: int = 0
+    seen: list[bytes] = field(default_factory=list)
+
+    @property
+    def member(self) -> Member:
+        raw = self.key.public_key().public_bytes_raw()
+        return Member(id=self.id, rank=self.rank, scale=self.scale, key=raw)
+
+    def honest(self, ask: Ask) -> Answer:
+        """An update of noise that the plan's seed and the client decide."""
+        self.trained += 1
+        assert ask.plan is not None
+        noise = stream(ask.plan.seed, "fake", self.id)
+        shapes = expected_arrays(replace(ask, secure=None, message=b""), LAYOUT)
+        arrays = {k: noise.normal(size=s).astype(np.float32) for k, s in sorted(shapes.items())}
+        return Answer(examples=self.examples, arrays=arrays, metrics={"loss_before": 2.0, "loss_after": 1.0})
+
+    def summed(self, ask: Ask, round_: int) -> Answer:
+        header = Header(run="run", round=round_, client=self.id, kind="secure", base=BASE)
+        _, ask = decode_ask(encode_ask(header, ask), max_bytes=10**7)
+        base: Any = SimpleNamespace(fingerprint=BASE, layout=LAYOUT)
+        said = sums.answered(
+            header, ask, base=base, key=self.key, memory=self.memory, trusted=None, train=lambda: self.honest(ask)
+        )
+        self.seen.append(said.message)
+        return decode_answer(encode_answer(header, said), max_bytes=10**7, expected={})[1]
+
+
+@pytest.fixture
+def parties(tmp_path: Path) -> Iterator[list[Party]]:
+    yield [
+        Party(f"client-{i}", rank, 50 + 10 * i, Memory(tmp_path, "run", f"client-{i}")) for i, rank in enumerate(RANKS)
+    ]
+    sums._SESSIONS.clear()
+
+
+def cohort_of(parties: list[Party], *, number: int = 1, attempt: int = 0) -> Cohort:
+    return Cohort(
+        round=number,
+        rounds=3,
+        members=tuple(p.member for p in parties),
+        settings=MethodConfig(),
+        training=TRAINING,
+        seed=5,
+        progress=(0.0, 1.0),
+        session=SumSession(run="run", round=number, attempt=attempt),
+    )
+
+
+def opened(name: str, parties: list[Party]) -> GlobalState:
+    settings = MethodConfig.model_validate({"name": name, "basis": "random" if name == "fed-sb" else ""})
+    return get(name).open(BASE, LAYOUT, [p.member for p in parties], settings, 7)
+
+
+def played(method: Method, state: GlobalState, cohort: Cohort, say: Callable[[str, Ask], Answer | None]) -> Closed:
+    """One round; a client that says None is silent."""
+    protocol = method.protocol(state, cohort)
+    asks = next(protocol)
+    while True:
+        answers = {c: said for c, ask in sorted(asks.items()) if (said := say(c, ask)) is not None}
+        try:
+            asks = protocol.send(answers)
+        except StopIteration as end:
+            closed: Closed = end.value
+            return closed
+
+
+def plain(name: str, state: GlobalState, parties: list[Party], **more: Any) -> GlobalState:
+    by_id = {p.id: p for p in parties}
+    return played(get(name), state, cohort_of(parties, **more), lambda c, ask: by_id[c].honest(ask)).state
+
+
+def summed(name: str, state: GlobalState, parties: list[Party], **more: Any) -> Closed:
+    by_id = {p.id: p for p in parties}
+
+    def say(client: str, ask: Ask) -> Answer | None:
+        party = by_id[client]
+        assert ask.secure is not None
+        order = ("advertise", "share", "mask", "confirm", "unmask")
+        if party.gone and order.index(ask.secure.stage) >= order.index(party.gone):
+            return None
+        return party.summed(ask, more.get("number", 1))
+
+    return played(secured(get(name), SETTINGS), state, cohort_of(parties, **more), say)
+
+
+def close(a: GlobalState, b: GlobalState) -> None:
+    x, y = a.update(), b.update()
+    assert x.keys() == y.keys()
+    for name in x:
+        dense = [f[name].scale * f[name].b.astype(np.float64) @ f[name].a.astype(np.float64) for f in (x, y)]
+        np.testing.assert_allclose(dense[0], dense[1], atol=2e-4)
+    for name, head in a.open_task.extras.items():
+        np.testing.assert_allclose(head, b.open_task.extras[name], atol=2e-5)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_state_is_that_of_the_plain_method(name: str, parties: list[Party]) -> None:
+    for party in parties:
+        party.rank = 4 if name not in NESTED else party.rank
+    state = opened(name, parties)
+    want = plain(name, state, parties)
+    closed = summed(name, state, parties)
+    close(closed.state, want)
+    assert closed.report["summed"] == 6.0
+    assert closed.report["examples"] == sum(p.examples for p in parties)
+    assert (closed.report["loss_before"], closed.report["loss_after"]) == pytest.approx((2.0, 1.0), abs=1e-4)
+    again = summed(name, closed.state, parties, number=2)
+    close(again.state, plain(name, closed.state, parties, number=2))
+
+
+def test_clients_of_other_scales_fold_theirs_in(parties: list[Party]) -> None:
+    for i, party in enumerate(parties):
+        party.rank, party.scale = 4, 0.5 + i % 2
+    state = opened("fedit", parties)
+    close(summed("fedit", state, parties).state, plain("fedit", state, parties))
+
+
+@pytest.mark.parametrize("stage", ["advertise", "share", "mask"])
+@pytest.mark.parametrize("who", [(0,), (5,)])
+def test_who_drops_out_before_masking_is_not_in_the_sum(stage: str, who: tuple[int, ...], parties: list[Party]) -> None:
+    more = [
+        Party(f"client-{i}", 4, 70, Memory(parties[0].memory._folder.parents[1], "run", f"client-{i}"))
+        for i in range(6, 9)
+    ]
+    everybody = parties + more
+    state = opened("ffa-lora", everybody)
+    for i in who:
+        everybody[i].gone = stage
+    left = [p for i, p in enumerate(everybody) if i not in who]
+    closed = summed("ffa-lora", state, everybody)
+    by_id = {p.id: p for p in left}
+    cohort = cohort_of(everybody)
+    want = played(get("ffa-lora"), state, cohort, lambda c, ask: by_id[c].honest(ask) if c in by_id else None)
+    close(closed.state, want.state)
+    assert closed.report["summed"] == len(left)
+
+
+@pytest.mark.parametrize("stage", ["confirm", "unmask"])
+def test_who_drops_out_after_masking_is_still_in_the_sum(stage: str, parties: list[Party]) -> None:
+    state = opened("ffa-lora", parties)
+    want = plain("ffa-lora", state, parties)
+    parties[1].gone = stage
+    close(summed("ffa-lora", state, parties).state, want)
+
+
+def test_a_single_large_client_is_moved_down_before_it_trains(parties: list[Party]) -> None:
+    parties[0].rank, parties[1].rank, parties[2].rank = 4, 2, 2
+    state = opened("ffa-lora", parties)
+    lowered = [replace(p, rank=min(p.rank, 2)) for p in parties]
+    close(summed("ffa-lora", state, parties).state, plain("ffa-lora", state, lowered))
+
+
+def test_too_few_left_fails_the_round_and_a_retry_uses_the_same_update(parties: list[Party]) -> None:
+    state = opened("ffa-lora", parties)
+    want = plain("ffa-lora", state, parties)
+    before = [p.trained for p in parties]
+    for party in parties[:4]:
+        party.gone = "mask"
+    with pytest.raises(RoundFailed, match="secure sum"):
+        summed("ffa-lora", state, parties)
+    for party in parties[:4]:
+        party.gone = ""
+    close(summed("ffa-lora", state, parties, attempt=1).state, want)
+    assert [p.trained - b for p, b in zip(parties, before, strict=True)] == [1] * 6
+
+
+def test_a_sum_that_cannot_be_opened_loses_the_round_and_clients_refuse_it_for_good(parties: list[Party]) -> None:
+    state = opened("ffa-lora", parties)
+    for party in parties[:4]:
+        party.gone = "unmask"
+    closed = summed("ffa-lora", state, parties)
+    assert closed.state is state
+    assert closed.report == {"lost": 1.0}
+    for party in parties[:4]:
+        party.gone = ""
+    with pytest.raises(sums.RoundOver, match="round 1 was opened with this client's help"):
+        summed("ffa-lora", state, parties[4:] + parties[:4], attempt=1)
+    sums._SESSIONS.clear()
+    assert summed("ffa-lora", state, parties, number=2, attempt=2).report["summed"] == 6.0
+
+
+def test_a_process_that_ended_has_dropped_out_and_keeps_its_promise(parties: list[Party]) -> None:
+    state = opened("ffa-lora", parties)
+    summed("ffa-lora", state, parties)
+    sums._SESSIONS.clear()
+    with pytest.raises(sums.RoundOver):
+        summed("ffa-lora", state, parties, attempt=1)
+
+
+def test_no_message_holds_an_update(parties: list[Party]) -> None:
+    """The masked words of one client are not those of its update, and have nothing in common with them."""
+    state = opened("ffa-lora", parties)
+    summed("ffa-lora", state, parties)
+    largest = max(parties[0].seen, key=len)
+    words = np.frombuffer(largest[: len(largest) // 4 * 4], np.uint32)
+    assert len(set(words.tolist())) > 0.95 * len(words)
+    assert abs(float(np.mean(words / 2.0**32)) - 0.5) < 0.1
+
+
+def test_what_a_client_does_not_take(parties: list[Party]) -> None:
+    state = opened("ffa-lora", parties)
+    asks = next(secured(get("ffa-lora"), SETTINGS).protocol(state, cohort_of(parties)))
+    ask, party = asks["client-0"], parties[0]
+    header = Header(run="run", round=1, client="client-0", kind="secure", base=BASE)
+    base: Any = SimpleNamespace(fingerprint=BASE, layout=LAYOUT)
+
+    def say(ask: Ask, header: Header = header, **fields: Any) -> None:
+        usual: dict[str, Any] = {"base": base, "key": party.key, "memory": party.memory, "trusted": None}
+        sums.answered(header, ask, **usual | fields, train=lambda: party.honest(ask))
+
+    with pytest.raises(FedLoRAError, match="needs a signing key and a memory folder"):
+        say(ask, memory=None)
+    with pytest.raises(FedLoRAError, match="no secure sum of round 1 is open here"):
+        say(Ask(secure=replace(ask.secure, stage="share"), message=b"x"))  # type: ignore[type-var]
+    for other, what in (({"run": "other"}, "run is"), ({"round": 2}, "round is")):
+        with pytest.raises(Refused, match=what):
+            say(ask, replace(header, **other))  # type: ignore[arg-type]
+    with pytest.raises(Refused, match="base is"):
+        say(ask, base=SimpleNamespace(fingerprint="cd" * 32, layout=LAYOUT))
+    with pytest.raises(Refused, match="are not in this node's own list"):
+        say(ask, trusted={"f" * 64})
+    assert ask.plan is not None
+    with pytest.raises(Refused, match="layout is"):
+        say(replace(ask, secure=replace(ask.secure, rows=3)))  # type: ignore[type-var]
+    with pytest.raises(Refused, match="on the roster with rank 4"):
+        say(replace(ask, plan=replace(ask.plan, rank=3)))
+    assert party.trained == 0
+
+
+def test_what_is_no_weighted_sum_is_refused(parties: list[Party]) -> None:
+    with pytest.raises(MethodError, match="another mean than that of its answers"):
+        next(secured(get("fedit"), SETTINGS).protocol(opened("fedit", parties), cohort_of(parties)))
+    stacked = get("fed-sb").open(BASE, LAYOUT, [p.member for p in parties], MethodConfig(name="fed-sb"), 7)
+    with pytest.raises(MethodError, match="factors on bases of their own"):
+        next(secured(get("fed-sb"), SETTINGS).protocol(stacked, cohort_of(parties)))
+
+
+def test_methods_that_need_single_updates_are_refused() -> None:
+    with pytest.raises(MethodError, match="flora needs single updates"):
+        secured(strategies.base.get("flora"), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("sets", "what"),
+    [
+        (["method.name=flora"], "stacked. Use ffa-lora"),
+        (["method.name=ffa-lora", "robust.rule=screen"], "private or robust, not both"),
+        (["method.name=ffa-lora", "wire.up=int8"], "under secure.on use float32"),
+        (["method.name=ffa-lora", "rounds.clients=2"], "a sum of 2 clients hides too little"),
+        (["method.name=ffa-lora", "secure.least=12"], "at least 12 must be asked"),
+        (["method.name=ffa-lora", "rounds.max_norm=3"], "rounds.max_norm"),
+    ],
+)
+def test_what_cannot_be_combined(sets: list[str], what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        load_config(None, ["secure.on=true", *sets])
+    with pytest.raises(ConfigError, match=r"has no effect while secure.on is false"):
+        load_config(None, ["secure.bound=50"])
