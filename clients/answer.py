@@ -30,7 +30,7 @@ from fedlora.training.attach import attach
 from fedlora.training.local import train_client
 from fedlora.training.measure import measure
 from fedlora.training.start import personal_pair, public_pair
-from fedlora.wire import blocks_id, decode_ask, encode_answer
+from fedlora.wire import blocks_id, decode_answer, decode_ask, encode_answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,10 +93,11 @@ def respond(client: Client, header: Header, ask: Ask, data: bytes) -> bytes:
             "same revision, same tokenizer on both sides?"
         )
     memory = Memory(root, header.run, client.id) if root is not None else None
-    if require_private(config, client.budget, header, ask):
-        return _private(client, header, ask, memory)
+    private = require_private(config, client.budget, header, ask)
     if header.kind == "secure":
-        return encode_answer(header, _summed(client, header, ask, memory))
+        return encode_answer(header, _summed(client, header, ask, memory, private=private))
+    if private:
+        return _private(client, header, ask, memory)
     answered = memory.recall(data) if memory and header.kind == "train" else None
     if answered is not None:
         return answered
@@ -114,10 +115,13 @@ def respond(client: Client, header: Header, ask: Ask, data: bytes) -> bytes:
     return encode_answer(header, Answer(examples=len(held_out), metrics=metrics))
 
 
-def _summed(client: Client, header: Header, ask: Ask, memory: Memory | None) -> Answer:
+def _summed(client: Client, header: Header, ask: Ask, memory: Memory | None, *, private: bool) -> Answer:
     """The client's message in one stage of a secure sum, see `clients.sums`."""
 
     def train() -> Answer:
+        if private:
+            data = _private(client, replace(header, kind="train"), replace(ask, secure=None, message=b""), memory)
+            return decode_answer(data, max_bytes=len(data))[1]
         whole = replace(ask, blocks=whole_blocks(ask, memory), on=None)
         return train_client(client.base(), header, whole, client.rows(ask.task)[0], threads=threads(client.config))
 

@@ -28,7 +28,8 @@ def configured(config: RunConfig) -> Method:
     """The method that the settings name, wrapped as they say. Raises: MethodError as `strategies.base.get`."""
     method = get(config.method.name)
     if config.secure.on:
-        method = secured(method, config.secure)
+        equal = {"examples": 1} if config.privacy.level != "none" else {}  # under privacy nobody counts rows
+        method = secured(method, config.secure.model_copy(update=equal))
     if config.robust.rule != "none":
         method = guarded(method, config.robust)
     if config.server.optimizer != "none":

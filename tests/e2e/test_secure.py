@@ -77,3 +77,29 @@ def test_a_stop_within_a_sum_is_gone_on_from(tmp_path: Path, after: int) -> None
     lost = [e["aggregate"].get("lost", 0.0) for e in rounds]
     assert lost == [1.0 if after > 16 else 0.0, 0.0]
     assert adapter
+
+
+@pytest.mark.slow
+def test_private_training_under_a_secure_sum_is_charged_once(tmp_path: Path) -> None:
+    """Noise at the client, then masks: the ledger has one charge a round and client, also through a stop in between."""
+    sets = ["secure.on=true", "privacy.level=example", "privacy.noise_multiplier=1", "privacy.rows=20"]
+    sets += ["data.holdout=0", "privacy.sampling=0.2"]
+    heard = 0
+
+    def stop(event: Mapping[str, Any]) -> None:
+        nonlocal heard
+        heard += event["event"] == "answer"
+        if heard == 6 and event["event"] == "answer":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", *sets, stop=stop)
+    run(tmp_path / "run", *sets)
+    rounds = [e for e in read_log(tmp_path / "run") if e["event"] == "round"]
+    assert [e["aggregate"]["summed"] for e in rounds] == [4.0, 4.0]
+    assert [e["aggregate"]["examples"] for e in rounds] == [4.0, 4.0]
+    ledgers = list(tmp_path.rglob("privacy.jsonl"))
+    assert len(ledgers) == 4
+    for ledger in ledgers:
+        kinds = [line for line in ledger.read_text().splitlines() if '"charge"' in line]
+        assert len(kinds) == 2, ledger.read_text()
