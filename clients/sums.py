@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from clients.memory import Memory
+from fedlora.adapter import Array
 from fedlora.base import Base
 from fedlora.errors import FedLoRAError, TrainingError, WireError
 from fedlora.pki import node_id
@@ -25,8 +26,8 @@ from fedlora.privacy.secagg.consent import Consent
 from fedlora.privacy.secagg.context import Context
 from fedlora.privacy.secagg.packing import Packing
 from fedlora.privacy.secagg.refusal import Refused
-from fedlora.privacy.secagg.update import packing, vector
-from fedlora.state import Answer, Ask, Header, expected_shapes
+from fedlora.privacy.secagg.update import basis_of, packing, sketched, sum_shapes, vector
+from fedlora.state import Answer, Ask, Header, Secure, TrainPlan, part
 
 __all__ = ["RoundOver", "answered"]
 
@@ -37,15 +38,25 @@ class RoundOver(FedLoRAError):
     """This client helped to open a sum of this round, and will not add to another one of it."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Update:
+    """What a client trained in one round, for all attempts and parts of it."""
+
+    answer: Answer
+    plan: TrainPlan
+    asked: str  # digest of what it answers
+
+
+@dataclass(frozen=True)
 class _Session:
-    """What one client holds between the stages of a round."""
+    """What one client holds between the stages of one part of a round."""
 
     context: Context
     client: Client
-    round: int
-    update: NDArray[np.float32]
-    plan: str  # digest of the ask that the update answers
+    update: _Update
+    secure: Secure
+    into: Packing
+    ranges: Mapping[str, Array]  # Q, in part 2
 
 
 _SESSIONS: dict[tuple[str, str], _Session] = {}  # by run and client
@@ -88,23 +99,27 @@ def answered(
             "as a node, or under fedlora simulate"
         )
     who = (header.run, node_id(key.public_key()))
+    before = _SESSIONS.get(who)
+    if before is not None and before.context.round != header.round:
+        before = None
     if ask.secure.stage == "advertise":
-        _SESSIONS[who] = _begun(header, ask, base, key, memory, trusted, train, _SESSIONS.pop(who, None))
+        _SESSIONS.pop(who, None)
+        _SESSIONS[who] = _begun(header, ask, base, key, memory, trusted, train, before)
         return Answer(message=_SESSIONS[who].client.advertise().to_bytes())
-    session = _SESSIONS.get(who)
-    if session is None or session.round != header.round:
+    if before is None:
         raise TrainingError(f"{header.client}: no secure sum of round {header.round} is open here; was it restarted?")
-    told = messages.from_server(ask.message, session.context)
-    stage, client = ask.secure.stage, session.client
+    told = messages.from_server(ask.message, before.context)
+    stage, client = ask.secure.stage, before.client
     if stage == "share" and isinstance(told, messages.Advertisements):
         return Answer(message=client.share(told).to_bytes())
     if stage == "mask" and isinstance(told, messages.Deliveries):
-        return Answer(message=client.mask(told, session.update).to_bytes())
+        return Answer(message=client.mask(told, _vector(before)).to_bytes())
     if stage == "confirm" and isinstance(told, messages.Survivors):
         return Answer(message=client.confirm(told).to_bytes())
     if stage == "unmask" and isinstance(told, messages.UnmaskRequest):
         said = client.unmask(told).to_bytes()
-        del _SESSIONS[who]  # the round is over for this client
+        if before.context.part == before.context.parts:
+            del _SESSIONS[who]  # the round is over for this client
         return Answer(message=said)
     raise WireError(f"a {type(told).__name__} at the stage {stage}")
 
@@ -120,41 +135,46 @@ def _begun(
     before: _Session | None,
 ) -> _Session:
     assert ask.secure is not None
-    plan = ask.plan
+    secure, held = ask.secure, before.update if before is not None else None
+    plan = ask.plan or (held.plan if held is not None and secure.part > 1 else None)
     if plan is None:
-        raise TrainingError(f"{header.client}: a secure sum without a plan has nothing to add up")
+        raise TrainingError(f"{header.client}: a secure sum without a plan has nothing to add up; was it restarted?")
     layout = base.layout if ask.subspace is None else base.layout.within(ask.subspace.dim)
-    into = packing(expected_shapes(replace(plan, rank=ask.secure.rows), layout))
+    into, ranges = packing(sum_shapes(plan, secure, layout)), part(ask.arrays, "Q")
     context = Context.from_bytes(ask.message)
-    context.require(run=header.run, round=header.round, base=base.fingerprint, layout=into.digest)
+    wanted = {"run": header.run, "round": header.round, "base": base.fingerprint, "part": secure.part}
+    context.require(**wanted, layout=into.digest, basis=basis_of(plan, secure, ranges))
     mine = node_id(key.public_key())
-    if mine in context.members and context.members[mine].rank != plan.rank:
-        raise Refused(
-            "context", f"this client is on the roster with rank {context.members[mine].rank}, not {plan.rank}"
-        )
+    rank = 1 if secure.columns else plan.rank
+    if mine in context.members and (told := context.members[mine].rank) != rank:
+        raise Refused("context", f"this client is on the roster with rank {told}, and it adds {rank}")
     if trusted is not None and (strangers := sorted(context.members.keys() - set(trusted))):
         raise Refused("roster", f"{strangers[0][:12]} and {len(strangers) - 1} others are not in this node's own list")
     kept = _Kept(memory, header.run)
     record = kept.load()
-    if record.round == context.round and record.answered:
+    if record.round == context.round and context.part <= record.answered:
         raise RoundOver(f"round {context.round} was opened with this client's help; go on to the next")
     client = Client(context, key, kept)
-    digest = hashlib.sha256(repr((plan, ask.secure, ask.task, ask.whole)).encode()).hexdigest()
-    if before is not None and (before.round, before.plan) == (header.round, digest):
-        return _Session(context, client, header.round, before.update, digest)
-    return _Session(context, client, header.round, _update(train(), ask, into, context.fixed_point.bound), digest)
+    asked = hashlib.sha256(repr((plan, ask.task)).encode()).hexdigest()
+    if held is None or held.asked != asked:
+        held = _Update(train(), plan, asked)
+    return _Session(context, client, held, secure, into, ranges)
 
 
-def _update(answer: Answer, ask: Ask, into: Packing, bound: float) -> NDArray[np.float32]:
-    assert ask.secure is not None
+def _vector(session: _Session) -> NDArray[np.float32]:
+    """What this client adds to the sum."""
+    answer, secure = session.update.answer, session.secure
     losses = [answer.metrics.get(name, 0.0) for name in ("loss_before", "loss_after")]
     before, after = (x if math.isfinite(x) else 0.0 for x in losses)
+    arrays: Mapping[str, Array] = answer.arrays
+    if secure.columns:
+        arrays = sketched(answer.arrays, session.update.plan, secure, session.ranges)
     return vector(
-        answer.arrays,
-        into,
+        arrays,
+        session.into,
         examples=answer.examples,
-        most=ask.secure.examples,
-        ratio=ask.secure.ratio,
-        bound=bound,
+        most=secure.examples,
+        ratio=secure.ratio,
+        bound=session.context.fixed_point.bound,
         losses=(before, after),
     )

@@ -420,6 +420,9 @@ class SecureConfig(_Section):
         1000, description="rows at which a client's weight is full; more do not count, so that no weight shows"
     )
     least: Annotated[int, Field(ge=3)] = Field(3, description="clients of a rank or above it, in every sum")
+    columns: Positive | None = Field(
+        None, description="flora: columns of the two-pass sketch; exact from the sum of the clients' ranks on"
+    )
 
 
 class PrivacyConfig(_Section):

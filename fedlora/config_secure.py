@@ -10,10 +10,11 @@ if TYPE_CHECKING:
 
 LINEAR: Final = ("fed-sb", "fedit", "ffa-lora", "rolora")  # methods whose state follows from weighted sums of answers
 _WAYS: Final = ("incremental", "separate", "sequential", "subspace")  # of tasks, that measure nothing at clients
+SKETCHED: Final = ("flora",)  # methods whose updates are products, summed by sketches
 NESTED: Final = ("fed-sb", "ffa-lora", "rolora")  # of these, those whose clients may have different ranks
 LEAST: Final = 3  # clients in any sum
 
-__all__ = ["LEAST", "LINEAR", "NESTED", "secure_conflicts"]
+__all__ = ["LEAST", "LINEAR", "NESTED", "SKETCHED", "secure_conflicts"]
 
 
 def secure_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -21,20 +22,32 @@ def secure_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]
     own, name = config.secure, config.method.name
     if not own.on:
         default = type(own)()
-        for key in ("bound", "examples", "least"):
+        for key in ("bound", "examples", "least", "columns"):
             if getattr(own, key) != getattr(default, key):
                 yield (
                     (f"secure.{key}", "secure.on"),
-                    f"has no effect while secure.on is false, got {getattr(own, key):g}: leave it out",
+                    f"has no effect while secure.on is false, got {getattr(own, key)}: leave it out",
                 )
         return
-    if name not in LINEAR:
+    sketched = own.columns is not None
+    if sketched and name not in SKETCHED:
+        yield (
+            ("secure.columns", "method.name"),
+            f"sketches are for {', '.join(SKETCHED)}, whose updates are products on bases of their own; {name} got "
+            f"{own.columns}: leave it out",
+        )
+    if sketched and config.method.warm_start:
+        yield (
+            ("method.warm_start", "secure.columns"),
+            "a sketch sums what was trained, not what it began with: leave warm_start off",
+        )
+    if name not in LINEAR and not (sketched and name in SKETCHED):
         why = "its output is the clients' factors themselves, stacked" if name == "flora" else "it needs single updates"
         yield (
             ("method.name", "secure.on"),
             f"{name} does not go under secure sums: {why}. Use ffa-lora, whose ranks may differ (nested columns of one "
-            f"frozen A), or another of {', '.join(LINEAR)}; for any A and rank there is the two-pass sketch of "
-            "fedlora.privacy.secagg.sketch, which no method uses yet",
+            f"frozen A), or another of {', '.join(LINEAR)}; or flora with secure.columns, the two-pass sketch, for any "
+            "A and rank",
         )
     if name == "fed-sb" and config.method.basis != "random":
         yield (

@@ -324,14 +324,19 @@ class Secure:
     """One stage of a secure sum (`fedlora.privacy.secagg`); its message is the ask's.
 
     At `advertise` the client trains by the ask's plan, whose update it keeps. What it adds to the sum is its arrays in
-    the shapes of rank `rows`, padded with zeros, B times `ratio`, all of it times its weight, min(rows, `examples`) /
-    `examples`; and the scalars of `fedlora.privacy.secagg.update`.
+    the shapes of rank `rows`, padded with zeros, B times `ratio`, all of it times its weight, min(its rows, `examples`)
+    / `examples`; and the scalars of `fedlora.privacy.secagg.update`. With `columns` p it is a sketch of its products in
+    two parts (`fedlora.privacy.secagg.sketch`): B (A Omega) `[out, p]` with Omega from `seed`, and, when the ask of
+    part 2 has brought `Q:` arrays `[out, p]`, (Q^T B) A `[p, in]` and its head; p is at most out and in of a module.
     """
 
     stage: Stage
+    part: int = 1
     rows: int = 0
     ratio: float = 1.0
     examples: int = 1
+    columns: int = 0
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

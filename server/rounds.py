@@ -283,7 +283,9 @@ class Conductor:
                     f"(the last refusals: {why}). Bring the clients back, or begin a new run with a lower "
                     "rounds.quorum."
                 )
-            if kind == "secure" and any(ask.secure and ask.secure.stage == "mask" for ask in asks.values()):
+            if kind == "secure" and any(
+                ask.secure and (ask.secure.stage, ask.secure.part) == ("mask", 1) for ask in asks.values()
+            ):
                 told += _of_tasks([{"id": c["id"]} for c in told_now], asks)
             told += _of_tasks(told_now, asks) if kind == "train" and (self._legs or not told) else []
         raise AssertionError("unreachable: the loop returns or raises")

@@ -7,30 +7,37 @@ gives the same state (to the rounding of fixed point) as all answers together: a
 to. Ranks may differ where smaller updates are padded with zeros; clients whose tier of ranks is too small are moved
 down before they train (`demoted`), or their columns would be shown.
 
-Bonawitz et al., CCS 2017; FFA-LoRA under secure sums: Sun et al., ICLR 2024; nested ranks: docs/PRIVACY.md.
+`flora`, whose clients send products on bases of their own, goes in two parts: a secure sum finds the range of the sum
+of the products, a second one, over the same clients, its coordinates in it. With `secure.columns` at least the sum of
+the ranks that is the exact sum, at any ranks; with fewer, near its best approximation of that rank.
+
+Bonawitz et al., CCS 2017; sketches: Halko et al., 2011, and FedASK (2507.09990); FFA-LoRA under secure sums: Sun et
+al., ICLR 2024; nested ranks: docs/PRIVACY.md.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Final
 
+import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from fedlora.adapter import Array
 from fedlora.config import SecureConfig
-from fedlora.config_secure import LEAST, LINEAR, NESTED
+from fedlora.config_secure import LEAST, LINEAR, NESTED, SKETCHED
 from fedlora.errors import AnswerRejected, MethodError, RoundFailed, WireError
-from fedlora.privacy.secagg import messages
+from fedlora.privacy.secagg import messages, sketch
 from fedlora.privacy.secagg.context import Context, demoted, roster, usual_threshold
 from fedlora.privacy.secagg.fixed_point import FixedPoint
 from fedlora.privacy.secagg.graph import least_degree
 from fedlora.privacy.secagg.packing import Packing
 from fedlora.privacy.secagg.refusal import Refused
-from fedlora.privacy.secagg.server import SecureSum, Server
-from fedlora.privacy.secagg.update import mean_of, packing
-from fedlora.state import Answer, Ask, GlobalState, Secure, Stage, expected_arrays
+from fedlora.privacy.secagg.server import Server
+from fedlora.privacy.secagg.update import Mean, basis_of, mean_of, packing, sum_shapes
+from fedlora.rng import stream
+from fedlora.state import Answer, Ask, GlobalState, Secure, Stage, TrainPlan, keyed, part
 from strategies.base import Closed, Cohort, Method, Round, plan_of_largest
 
 __all__ = ["secured"]
@@ -39,19 +46,37 @@ _MEANINGLESS: Final = ("aggregation_error", "truncation_error")  # where there i
 
 
 def secured(method: Method, settings: SecureConfig) -> Method:
-    """The same method, whose rounds are secure sums. Raises: MethodError for one that is not linear."""
-    if method.name not in LINEAR:
+    """The same method, whose rounds are secure sums. Raises: MethodError for one that needs single updates."""
+    if settings.columns is not None and method.name in SKETCHED:
+        fold = _sketched
+    elif method.name in LINEAR:
+        fold = _summed
+    else:
         raise MethodError(
-            f"{method.name} needs single updates, which a secure sum hides; under sums there are {', '.join(LINEAR)}"
+            f"{method.name} needs single updates, which a secure sum hides; under sums there are {', '.join(LINEAR)}, "
+            f"and by sketches (secure.columns) {', '.join(SKETCHED)}"
         )
 
     def protocol(state: GlobalState, cohort: Cohort) -> Round:
-        return _protocol(method, settings, state, cohort)
+        session = _Sum(state, cohort, settings)
+        try:
+            closed, mean = yield from fold(method, state, cohort, session, settings)
+        except _Lost as lost:
+            why = AnswerRejected("server", "secure sum", str(lost))
+            return Closed(state=state, report={"lost": 1.0}, refused=(*session.refused, why))
+        report = {k: v for k, v in closed.report.items() if k not in _MEANINGLESS}
+        report |= {"loss_before": mean.loss_before, "loss_after": mean.loss_after, "clipped": mean.clipped}
+        report |= {"summed": float(session.summed), "examples": float(mean.examples)}
+        return replace(closed, report=report, refused=tuple(session.refused))
 
     return replace(method, protocol=protocol)
 
 
-def _protocol(method: Method, settings: SecureConfig, state: GlobalState, cohort: Cohort) -> Round:
+Folded = Generator[Mapping[str, Ask], Mapping[str, Answer], tuple[Closed, Mean]]
+
+
+def _summed(method: Method, state: GlobalState, cohort: Cohort, session: _Sum, settings: SecureConfig) -> Folded:
+    """One sum of what a linear method folds."""
     try:
         ranks = demoted({m.id: m.rank for m in cohort.members}, settings.least)
     except Refused as error:
@@ -61,24 +86,63 @@ def _protocol(method: Method, settings: SecureConfig, state: GlobalState, cohort
     asks = next(inner)
     largest = plan_of_largest(asks)
     _require_linear(method.name, asks)
-    into = packing(expected_arrays(asks[largest], state.layout))
-    session = _Session(state, cohort, asks, settings, into)
+    reference = _plan(asks[largest])
+    first = {
+        client: replace(
+            ask,
+            secure=Secure(
+                stage="advertise",
+                rows=reference.rank,
+                ratio=_plan(ask).scale / reference.scale,
+                examples=settings.examples,
+            ),
+        )
+        for client, ask in asks.items()
+    }
+    mean = yield from session.part(first, reference, {c: _plan(ask).rank for c, ask in asks.items()})
+    return _closed(method, inner, largest, Answer(examples=mean.examples, arrays=mean.arrays)), mean
+
+
+def _sketched(method: Method, state: GlobalState, cohort: Cohort, session: _Sum, settings: SecureConfig) -> Folded:
+    """Two sums over the same clients, which give the sum of their products: its range, then its coordinates in it.
+
+    If part 2 fails the round is lost, never repeated: clients have opened part 1.
+    """
+    inner = method.protocol(state, cohort)
+    asks = next(inner)
+    largest = plan_of_largest(asks)
+    reference, columns = _plan(asks[largest]), settings.columns
+    assert columns is not None
+    seed = int(stream(cohort.seed, "omega", cohort.round).integers(2**53))
+    secure = Secure(stage="advertise", examples=settings.examples, columns=columns, seed=seed)
+    ranks = dict.fromkeys(asks, 1)  # a sketch shows nothing of a rank
+    first = yield from session.part({c: replace(a, secure=secure) for c, a in asks.items()}, reference, ranks)
+    ranges = {
+        n: sketch.public_range(y.astype(np.float64)).astype(np.float32) for n, y in part(first.arrays, "Y").items()
+    }
+    ask = Ask(secure=replace(secure, part=2), arrays=keyed("Q", ranges))
     try:
-        total = yield from session.run(_trained(asks, largest, settings))
-    except _Lost as lost:
-        inner.close()
-        return Closed(state=state, report={"lost": 1.0}, refused=(*session.refused, *lost.refused))
-    mean = mean_of(total.values, into, clients=len(total.survivors), most=settings.examples)
+        mean = yield from session.part(dict.fromkeys(session.left, ask), reference, ranks, ranges)
+    except RoundFailed as error:
+        raise _Lost(str(error)) from error
+    b = {n: q / np.float32(reference.scale) for n, q in ranges.items()}
+    arrays = {**keyed("A", part(mean.arrays, "Z")), **keyed("B", b), **keyed("head", part(mean.arrays, "head"))}
+    return _closed(method, inner, largest, Answer(examples=mean.examples, arrays=arrays)), mean
+
+
+def _closed(method: Method, inner: Round, largest: str, answer: Answer) -> Closed:
+    """What the method makes of the one answer."""
     try:
-        inner.send({largest: Answer(examples=mean.examples, arrays=mean.arrays)})
+        inner.send({largest: answer})
     except StopIteration as end:
         closed: Closed = end.value
-    else:
-        raise MethodError(f"{method.name}: asks its clients twice a round, which a secure sum does not do")
-    report = {k: v for k, v in closed.report.items() if k not in _MEANINGLESS}
-    report |= {"loss_before": mean.loss_before, "loss_after": mean.loss_after, "clipped": mean.clipped}
-    report |= {"summed": float(len(total.survivors)), "examples": float(mean.examples)}
-    return replace(closed, report=report, refused=tuple(session.refused))
+        return closed
+    raise MethodError(f"{method.name}: asks its clients twice a round, which a secure sum does not do")
+
+
+def _plan(ask: Ask) -> TrainPlan:
+    assert ask.plan is not None
+    return ask.plan
 
 
 def _require_linear(name: str, asks: Mapping[str, Ask]) -> None:
@@ -94,108 +158,114 @@ def _require_linear(name: str, asks: Mapping[str, Ask]) -> None:
         )
 
 
-def _trained(asks: Mapping[str, Ask], largest: str, settings: SecureConfig) -> dict[str, Ask]:
-    """The method's asks as those of the first stage."""
-    reference = asks[largest].plan
-    found = {}
-    for client, ask in asks.items():
-        assert ask.plan is not None
-        assert reference is not None
-        ratio = ask.plan.scale / reference.scale
-        secure = Secure(stage="advertise", rows=reference.rank, ratio=ratio, examples=settings.examples)
-        found[client] = replace(ask, secure=secure)
-    return found
-
-
 class _Lost(Exception):
     """The sum could not be opened after clients had begun to open it; the round is over without it."""
 
-    def __init__(self, refused: tuple[AnswerRejected, ...]) -> None:
-        self.refused = refused
 
+class _Sum:
+    """The secure sums of one round, between the stable ids of a run and the ids of signing keys.
 
-class _Session:
-    """One secure sum, between the stable ids of a run and the ids of signing keys."""
+    `refused` is what clients sent that broke a rule; `left` are the stable ids in the last sum, `summed` their number.
+    """
 
-    def __init__(
+    def __init__(self, state: GlobalState, cohort: Cohort, settings: SecureConfig) -> None:
+        self._state, self._cohort, self._settings = state, cohort, settings
+        self._keys = {m.id: m.key for m in cohort.members}
+        self.refused: list[AnswerRejected] = []
+        self.left: tuple[str, ...] = tuple(sorted(self._keys))
+
+    @property
+    def summed(self) -> int:
+        return len(self.left)
+
+    def part(
         self,
-        state: GlobalState,
-        cohort: Cohort,
-        asks: Mapping[str, Ask],
-        settings: SecureConfig,
+        first: Mapping[str, Ask],
+        plan: TrainPlan,
+        ranks: Mapping[str, int],
+        ranges: Mapping[str, Array] | None = None,
+    ) -> Generator[Mapping[str, Ask], Mapping[str, Answer], Mean]:
+        """One sum, whose first asks are given; `plan` is of the largest rank, `ranks` are those of the roster.
+
+        Raises: RoundFailed while it can be tried again, _Lost after that.
+        """
+        secure = next(iter(first.values())).secure
+        assert secure is not None
+        into = packing(sum_shapes(plan, secure, self._state.layout))
+        own = X25519PrivateKey.generate()
+        context = self._context(plan, secure, ranges or {}, {c: ranks[c] for c in first}, into, own)
+        server = Server(context, own)
+        inside = {self._keys[m]: m for m in first}
+        outside = {member.id: inside[member.key] for member in context.roster}
+
+        def receive(answers: Mapping[str, Answer]) -> None:
+            ids = {client: i for i, client in outside.items()}
+            for client in sorted(answers):
+                try:
+                    server.receive(ids[client], messages.from_client(answers[client].message, context))
+                except AnswerRejected as error:
+                    self.refused.append(AnswerRejected(client, error.rule, error.detail))
+                except WireError as error:
+                    self.refused.append(AnswerRejected(client, "malformed", str(error)))
+
+        def asks(stage: Stage, told: Mapping[str, bytes]) -> dict[str, Ask]:
+            ask = replace(secure, stage=stage)
+            return {outside[i]: Ask(secure=ask, message=message) for i, message in told.items()}
+
+        receive((yield {c: replace(ask, message=context.to_bytes()) for c, ask in first.items()}))
+        adverts = server.close_advertising()
+        receive((yield asks("share", {i: m.to_bytes() for i, m in adverts.items()})))
+        deliveries = server.close_sharing()
+        receive((yield asks("mask", {i: m.to_bytes() for i, m in deliveries.items()})))
+        survivors = server.close_masking()
+        receive((yield asks("confirm", dict.fromkeys(survivors.ids, survivors.to_bytes()))))
+        requests = server.close_confirming()
+        receive((yield asks("unmask", {i: m.to_bytes() for i, m in requests.items()})))
+        try:
+            total = server.finish()
+            self.left = tuple(sorted(outside[i] for i in total.survivors))
+            return mean_of(total.values, into, clients=len(total.survivors), most=self._settings.examples)
+        except (RoundFailed, Refused, AnswerRejected) as error:
+            raise _Lost(str(error)) from error
+
+    def _context(
+        self,
+        plan: TrainPlan,
+        secure: Secure,
+        ranges: Mapping[str, Array],
+        ranks: Mapping[str, int],
         into: Packing,
-    ) -> None:
-        keys = {m.id: m.key for m in cohort.members if m.id in asks}
-        if without := [c for c, key in keys.items() if len(key) != 32]:
+        own: X25519PrivateKey,
+    ) -> Context:
+        session, least = self._cohort.session, self._settings.least
+        if session is None:
+            raise MethodError("a secure sum needs the run and the number of its session in its cohort")
+        if without := [c for c in ranks if len(self._keys[c]) != 32]:
             raise RoundFailed(
                 f"{without[0]} and {len(without) - 1} other clients told no signing key: secure sums need nodes with "
                 "keys and a memory folder"
             )
-        if cohort.session is None:
-            raise MethodError("a secure sum needs the run and the number of its session in its cohort")
-        own = X25519PrivateKey.generate()
-        ranks = {c: plan.rank for c, ask in asks.items() if (plan := ask.plan) is not None}
-        listed = roster({keys[c]: ranks[c] for c in asks})
+        listed = roster({self._keys[c]: rank for c, rank in ranks.items()})
         degree = least_degree(len(listed)) if len(listed) > 1 else 0
         try:
-            self._context = Context(
-                run=cohort.session.run,
-                round=cohort.session.round,
-                attempt=cohort.session.attempt,
-                part=1,
-                parts=1,
-                base=state.base,
+            return Context(
+                run=session.run,
+                round=session.round,
+                attempt=session.attempt,
+                part=secure.part,
+                parts=2 if secure.columns else 1,
+                base=self._state.base,
                 layout=into.digest,
-                basis=_basis(next(iter(asks.values()))),
+                basis=basis_of(plan, secure, ranges),
                 server_key=own.public_key().public_bytes_raw(),
-                fixed_point=FixedPoint(size=into.size, clients=max(len(listed), 1), bound=settings.bound),
+                fixed_point=FixedPoint(size=into.size, clients=max(len(listed), 1), bound=self._settings.bound),
                 threshold=usual_threshold(degree + 1),
                 degree=degree,
-                least_survivors=max(LEAST, settings.least),
-                least_per_tier=settings.least,
+                least_survivors=max(LEAST, least),
+                least_per_tier=least,
                 roster=listed,
             )
         except Refused as error:
-            raise RoundFailed(f"round {cohort.round}: a sum of these clients would hide nothing: {error}") from error
-        self._server = Server(self._context, own)
-        by_key = {m.key: m.id for m in self._context.roster}
-        self._inside = {c: by_key[keys[c]] for c in asks}  # stable id -> id in the session
-        self._outside = {inside: c for c, inside in self._inside.items()}
-        self.refused: list[AnswerRejected] = []
-
-    def run(self, first: Mapping[str, Ask]) -> Generator[Mapping[str, Ask], Mapping[str, Answer], SecureSum]:
-        """The five stages. Raises: RoundFailed while the round can be tried again, _Lost after that."""
-        context = self._context.to_bytes()
-        self._receive((yield {c: replace(ask, message=context) for c, ask in first.items()}))
-        adverts = self._server.close_advertising()
-        self._receive((yield self._asks("share", {i: m.to_bytes() for i, m in adverts.items()})))
-        deliveries = self._server.close_sharing()
-        self._receive((yield self._asks("mask", {i: m.to_bytes() for i, m in deliveries.items()})))
-        survivors = self._server.close_masking()
-        told = survivors.to_bytes()
-        self._receive((yield self._asks("confirm", dict.fromkeys(survivors.ids, told))))
-        requests = self._server.close_confirming()
-        self._receive((yield self._asks("unmask", {i: m.to_bytes() for i, m in requests.items()})))
-        try:
-            return self._server.finish()
-        except (RoundFailed, Refused, AnswerRejected) as error:
-            raise _Lost((AnswerRejected("server", "secure sum", str(error)),)) from error
-
-    def _asks(self, stage: Stage, told: Mapping[str, bytes]) -> dict[str, Ask]:
-        return {self._outside[i]: Ask(secure=Secure(stage=stage), message=message) for i, message in told.items()}
-
-    def _receive(self, answers: Mapping[str, Answer]) -> None:
-        for client in sorted(answers):
-            try:
-                message = messages.from_client(answers[client].message, self._context)
-                self._server.receive(self._inside[client], message)
-            except (AnswerRejected, WireError) as error:
-                rule = error.rule if isinstance(error, AnswerRejected) else "malformed"
-                detail = error.detail if isinstance(error, AnswerRejected) else str(error)
-                self.refused.append(AnswerRejected(client, rule, detail))
-
-
-def _basis(ask: Ask) -> str:
-    """What is public and common besides the base: the seed of A, as a digest."""
-    seed = ask.plan.a_seed if ask.plan is not None else 0
-    return hashlib.sha256(f"basis {seed}".encode()).hexdigest()
+            raise RoundFailed(
+                f"round {self._cohort.round}: a sum of these clients would hide nothing: {error}"
+            ) from error

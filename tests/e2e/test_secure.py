@@ -58,6 +58,16 @@ def test_the_adapter_is_that_of_plain_rounds(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stacks_summed_by_sketches_are_those_of_plain_rounds(tmp_path: Path) -> None:
+    plain = run(tmp_path / "plain", "method.name=flora", "rounds.count=1")
+    secure = run(tmp_path / "secure", "method.name=flora", "rounds.count=1", "secure.on=true", "secure.columns=14")
+    for name in (n for n in plain if n.endswith("lora_A.weight")):
+        other = name.replace("lora_A", "lora_B")
+        want, got = (x[other] @ x[name] for x in (plain, secure))
+        np.testing.assert_allclose(got, want, atol=5e-3 * float(np.abs(want).max()))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("after", [2, 7, 13, 18])
 def test_a_stop_within_a_sum_is_gone_on_from(tmp_path: Path, after: int) -> None:
     """Answers of round 1: 4 each to advertise, share, mask, confirm, unmask. Once opened, a round is not repeated."""

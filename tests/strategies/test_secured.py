@@ -58,6 +58,7 @@ class Party:
     key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
     scale: float = 2.0
     gone: str = ""
+    part: int = 1  # of the sum, in which it is gone
     trained: int = 0
     seen: list[bytes] = field(default_factory=list)
 
@@ -130,18 +131,20 @@ def plain(name: str, state: GlobalState, parties: list[Party], **more: Any) -> G
     return played(get(name), state, cohort_of(parties, **more), lambda c, ask: by_id[c].honest(ask)).state
 
 
-def summed(name: str, state: GlobalState, parties: list[Party], **more: Any) -> Closed:
+def summed(
+    name: str, state: GlobalState, parties: list[Party], *, settings: SecureConfig = SETTINGS, **more: Any
+) -> Closed:
     by_id = {p.id: p for p in parties}
 
     def say(client: str, ask: Ask) -> Answer | None:
         party = by_id[client]
         assert ask.secure is not None
         order = ("advertise", "share", "mask", "confirm", "unmask")
-        if party.gone and order.index(ask.secure.stage) >= order.index(party.gone):
+        if party.gone and ask.secure.part >= party.part and order.index(ask.secure.stage) >= order.index(party.gone):
             return None
         return party.summed(ask, more.get("number", 1))
 
-    return played(secured(get(name), SETTINGS), state, cohort_of(parties, **more), say)
+    return played(secured(get(name), settings), state, cohort_of(parties, **more), say)
 
 
 def close(a: GlobalState, b: GlobalState) -> None:
@@ -258,6 +261,69 @@ def test_no_message_holds_an_update(parties: list[Party]) -> None:
     assert abs(float(np.mean(words / 2.0**32)) - 0.5) < 0.1
 
 
+SKETCH = SecureConfig(on=True, columns=18)  # the sum of the ranks
+COARSE = SecureConfig(on=True, columns=2)
+
+
+def test_a_sketch_of_all_ranks_is_the_stack_itself(parties: list[Party]) -> None:
+    for i, party in enumerate(parties):
+        party.scale = 0.5 + i % 2
+    state = opened("flora", parties)
+    closed = summed("flora", state, parties, settings=SKETCH)
+    close(closed.state, plain("flora", state, parties))
+    assert closed.report["summed"] == 6.0
+    assert [p.trained for p in parties] == [2] * 6  # once for the sum and once for the plain twin
+    again = summed("flora", closed.state, parties, settings=SKETCH, number=2)
+    close(again.state, plain("flora", closed.state, parties, number=2))
+
+
+def test_a_coarse_sketch_has_its_rank_and_is_near_the_best(parties: list[Party]) -> None:
+    state = opened("flora", parties)
+    want, got = (
+        s.update() for s in (plain("flora", state, parties), summed("flora", state, parties, settings=COARSE).state)
+    )
+    for name in want:
+        dense, ours = (f[name].scale * f[name].b.astype(np.float64) @ f[name].a.astype(np.float64) for f in (want, got))
+        values = np.linalg.svd(dense, compute_uv=False)
+        assert np.linalg.matrix_rank(ours, tol=1e-4) == 2
+        assert np.linalg.norm(ours - dense) >= np.sqrt(np.sum(values[2:] ** 2)) - 1e-6
+        assert np.linalg.norm(ours - dense) <= 0.95 * np.linalg.norm(dense)
+
+
+def test_a_round_whose_second_part_fails_is_lost_and_never_repeated(parties: list[Party]) -> None:
+    state = opened("flora", parties)
+    parties[3].gone, parties[3].part = "mask", 2
+    closed = summed("flora", state, parties, settings=SKETCH)
+    assert closed.state is state
+    assert closed.report == {"lost": 1.0}
+    assert "missing" in closed.refused[-1].detail
+    parties[3].gone = ""
+    with pytest.raises((sums.RoundOver, Refused)):
+        summed("flora", state, parties, settings=SKETCH, attempt=1)
+
+
+def test_who_drops_out_of_part_one_is_not_asked_for_part_two(parties: list[Party]) -> None:
+    state = opened("flora", parties)
+    parties[5].gone = "mask"
+    closed = summed("flora", state, parties, settings=SKETCH)
+    left = {p.id: p for p in parties[:5]}
+    want = played(get("flora"), state, cohort_of(parties), lambda c, ask: left[c].honest(ask) if c in left else None)
+    close(closed.state, want.state)
+
+
+def test_a_range_that_would_magnify_is_refused(parties: list[Party]) -> None:
+    """A server that sends 100 Q would have clients add what is beyond the bound of the sum."""
+    state = opened("flora", parties)
+    by_id = {p.id: p for p in parties}
+    protocol = secured(get("flora"), SKETCH).protocol(state, cohort_of(parties))
+    asks = next(protocol)
+    while next(iter(asks.values())).secure.part == 1:  # type: ignore[union-attr]
+        asks = protocol.send({c: by_id[c].summed(ask, 1) for c, ask in asks.items()})
+    large = {k: 100 * x for k, x in asks["client-0"].arrays.items()}
+    with pytest.raises(Refused, match="basis is"):
+        by_id["client-0"].summed(replace(asks["client-0"], arrays=large), 1)
+
+
 def test_what_a_client_does_not_take(parties: list[Party]) -> None:
     state = opened("ffa-lora", parties)
     asks = next(secured(get("ffa-lora"), SETTINGS).protocol(state, cohort_of(parties)))
@@ -304,7 +370,9 @@ def test_methods_that_need_single_updates_are_refused() -> None:
 @pytest.mark.parametrize(
     ("sets", "what"),
     [
-        (["method.name=flora"], "stacked. Use ffa-lora"),
+        (["method.name=flora"], r"stacked. Use ffa-lora.*or flora with secure.columns"),
+        (["method.name=flora", "secure.columns=8", "method.warm_start=true"], "leave warm_start off"),
+        (["method.name=ffa-lora", "secure.columns=8"], "sketches are for flora"),
         (["method.name=ffa-lora", "robust.rule=screen"], "private or robust, not both"),
         (["method.name=ffa-lora", "wire.up=int8"], "under secure.on use float32"),
         (["method.name=ffa-lora", "rounds.clients=2"], "a sum of 2 clients hides too little"),

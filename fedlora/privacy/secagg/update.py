@@ -11,18 +11,32 @@ and FFA-LoRA (Sun et al., ICLR 2024); nested ranks under a sum: `fedlora.privacy
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedlora.adapter import Array
+from fedlora.adapter import Array, Factors
 from fedlora.errors import RoundFailed
+from fedlora.privacy.secagg import sketch
 from fedlora.privacy.secagg.packing import Packing
+from fedlora.state import Layout, Secure, TrainPlan, expected_shapes, part
 
-__all__ = ["LEAST_BOUND", "MOST_LOSS", "SCALARS", "Mean", "mean_of", "packing", "vector"]
+__all__ = [
+    "LEAST_BOUND",
+    "MOST_LOSS",
+    "SCALARS",
+    "Mean",
+    "basis_of",
+    "mean_of",
+    "packing",
+    "sketched",
+    "sum_shapes",
+    "vector",
+]
 
 SCALARS = ("clipped", "loss_after", "loss_before", "weight")
 MOST_LOSS = 10.0  # a loss above counts as this
@@ -38,6 +52,51 @@ class Mean:
     loss_before: float
     loss_after: float
     clipped: float  # share of the clients whose update was longer than the bound
+
+
+def sum_shapes(plan: TrainPlan, secure: Secure, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Key -> shape of every array in the sum: those of the largest rank, or of one part of a sketch.
+
+    The head goes with part 2, whose norm is that of the update and no more.
+    """
+    shapes = expected_shapes(replace(plan, rank=secure.rows or plan.rank), layout)
+    if not secure.columns:
+        return shapes
+    heads = {key: shape for key, shape in shapes.items() if key.startswith("head:")}
+    least = {n: min(secure.columns, m.out, m.inp) for n, m in layout.modules.items()}
+    if secure.part == 1:
+        return {f"Y:{n}": (m.out, least[n]) for n, m in layout.modules.items()}
+    return {f"Z:{n}": (least[n], m.inp) for n, m in layout.modules.items()} | heads
+
+
+def basis_of(plan: TrainPlan, secure: Secure, ranges: Mapping[str, Array]) -> str:
+    """What is public and common besides the base, as a digest: the seed of A, or of Omega, or Q by module."""
+    if not secure.columns:
+        return hashlib.sha256(f"basis {plan.a_seed}".encode()).hexdigest()
+    if secure.part == 1:
+        return hashlib.sha256(f"omega {secure.seed} {secure.columns}".encode()).hexdigest()
+    told = [f"{name} {sketch.digest(ranges[name].astype(np.float64))}" for name in sorted(ranges)]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+
+
+def sketched(
+    arrays: Mapping[str, Array], plan: TrainPlan, secure: Secure, ranges: Mapping[str, Array]
+) -> dict[str, Array]:
+    """The sketch of a client's products `s B A` for one part, and in part 2 its head.
+
+    `ranges` are Q `[out, p]` by module, orthonormal columns to 1e-5. Raises: AdapterError for a Q that is none.
+    """
+    a, b = part(arrays, "A"), part(arrays, "B")
+    factors = {n: Factors(a[n], b[n], plan.scale) for n in a}
+    if secure.part == 1:
+        found = {}
+        for name, f in factors.items():
+            columns = min(secure.columns, *f.shape)
+            omega = sketch.public_omega(secure.seed, name, inp=f.shape[1], columns=columns)
+            found[f"Y:{name}"] = sketch.first_pass(f, omega / math.sqrt(columns), 1.0)
+        return dict(found)
+    passed = {f"Z:{n}": sketch.second_pass(f, ranges[n].astype(np.float64), 1.0) for n, f in factors.items()}
+    return passed | {key: x for key, x in arrays.items() if key.startswith("head:")}
 
 
 def packing(shapes: Mapping[str, tuple[int, ...]]) -> Packing:
