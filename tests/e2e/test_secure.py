@@ -60,7 +60,14 @@ def test_the_adapter_is_that_of_plain_rounds(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_stacks_summed_by_sketches_are_those_of_plain_rounds(tmp_path: Path) -> None:
     plain = run(tmp_path / "plain", "method.name=flora", "rounds.count=1")
-    secure = run(tmp_path / "secure", "method.name=flora", "rounds.count=1", "secure.on=true", "secure.columns=14")
+    secure = run(
+        tmp_path / "secure",
+        "method.name=flora",
+        "rounds.count=1",
+        "secure.on=true",
+        "secure.columns=14",
+        "secure.examples=20",
+    )
     for name in (n for n in plain if n.endswith("lora_A.weight")):
         other = name.replace("lora_A", "lora_B")
         want, got = (x[other] @ x[name] for x in (plain, secure))
