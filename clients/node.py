@@ -24,7 +24,7 @@ from fedlora.processes import Died, Notify, Program, Programs, private_folder, p
 __all__ = ["PARTS", "serve"]
 
 PARTS: Final = ("both", "worker", "relay")
-_START: Final = 120.0  # seconds in which the worker must listen
+_START: Final = 300.0  # seconds in which the worker must listen
 _LOOK: Final = 0.5
 _UNKNOWN: Final = 305 % 256  # exit status of a SuperNode whose key the SuperLink does not know
 _OURS: Final = {

@@ -56,7 +56,7 @@ def require_private(config: RunConfig, own: Budget | None, header: Header, ask: 
         return False
     rule = "limits.epsilon is set" if own is not None else "privacy.level is example"
     who = f"client {header.client}, round {header.round}"
-    if ask.secure is not None and plan is None:  # a later stage of a sum, of what was released at its first
+    if header.kind == "secure" and plan is None:  # a later stage of a sum, of what was released at its first
         return False
     if header.kind not in ("train", "secure") or plan is None:
         raise NotPrivate(

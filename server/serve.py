@@ -39,7 +39,7 @@ from server.watch import endpoint
 __all__ = ["Serving", "environment", "serve"]
 
 CONNECTION: Final = "fedlora"
-_START: Final = 60.0  # seconds in which the SuperLink must listen
+_START: Final = 300.0  # seconds in which the SuperLink must listen; a busy machine takes long to import it
 _LOOK: Final = 0.5  # seconds between looks
 _ASK_FLOWER: Final = 20.0  # seconds between asking Flower whether the run still runs
 _OURS: Final = {

@@ -19,6 +19,9 @@ def statement(events: Sequence[Mapping[str, Any]]) -> str | None:
     told = next((e["privacy"] for e in reversed(events) if e["event"] == "round" and e.get("privacy")), None)
     if told is None:
         return None
+    config: Mapping[str, Any] = next((e.get("config", {}) for e in reversed(events) if e["event"] == "start"), {})
+    secure = bool(config.get("secure.on", False))
+    sees = "sums of noised updates only, by secure aggregation" if secure else "each noised update"
     try:
         used = f"dp-accounting {version('dp-accounting')}"
     except PackageNotFoundError:
@@ -29,6 +32,6 @@ def statement(events: Sequence[Mapping[str, Any]]) -> str | None:
         f"round. Mechanism: DP-SGD with Adam on what is trained, {told['steps']} steps, each row's gradient clipped to "
         f"{told['clip']:g}, Gaussian noise multiplier {told['noise_multiplier']:.4g}, Poisson sampling "
         f"{told['sampling']:.4g}. Accountant: {ACCOUNTANT} ({used}). Who adds the noise: each client, locally, before "
-        "anything leaves it; the server sees each noised update. Each client keeps its own ledger; other runs on the "
-        "same rows add to it."
+        f"anything leaves it; the server sees {sees}, and epsilon counts each by itself. Each client keeps its own "
+        "ledger; other runs on the same rows add to it."
     )

@@ -22,7 +22,7 @@ from fedlora.config import RunConfig, load_config
 from fedlora.errors import FedLoRAError, TrainingError
 from fedlora.privacy.accounting import Event, Privacy, epsilon
 from fedlora.privacy.ledger import Ledger, Terms
-from fedlora.state import Answer, Ask, Header, Layout, LocalTraining, Measure, Module, TrainPlan
+from fedlora.state import Answer, Ask, Header, Layout, LocalTraining, Measure, Module, Secure, TrainPlan
 from fedlora.wire import decode_answer, encode_ask
 
 BASE = "b" * 64
@@ -227,6 +227,7 @@ def test_what_would_tell_of_rows_is_refused(
     for header, plan, fields in (
         (replace(ASK, kind="evaluate"), None, {}),
         (replace(ASK, kind="measure"), None, {"measure": Measure(sketch=2)}),
+        (replace(ASK, kind="evaluate"), None, {"secure": Secure(stage="mask")}),
         (ASK, replace(PLAN, privacy=None), {}),
         (ASK, replace(PLAN, training=replace(TRAINING, local_steps=None, local_epochs=1.0)), {}),
     ):

@@ -30,6 +30,8 @@ from fedlora.deploy import Limits, NodeFile
 from fedlora.envelope import EnvelopeError, SignedAsk, new_nonce, open_answer, sign_ask
 from fedlora.errors import WireError
 from fedlora.pki import load_private_key
+from fedlora.privacy.accounting import Privacy
+from fedlora.privacy.ledger import Ledger, Terms
 from fedlora.shared_settings import shared_settings
 from fedlora.state import Answer, Ask, Header, Layout, LocalTraining, Measure, Module, TrainPlan
 from fedlora.wire import decode_answer, encode_ask
@@ -260,3 +262,22 @@ def test_an_ask_waits_for_a_worker_that_is_being_started_again(node: Node, tmp_p
     assert node.opened(answered[0], header).examples == 3
     with pytest.raises(WorkerGone, match="does not answer"):
         asked(str(tmp_path / "nowhere"), data, patience=0.0)
+
+
+def test_a_node_with_a_budget_of_its_own_answers_private_training_only(tmp_path: Path, trained: list[Header]) -> None:
+    node = Node(tmp_path, limits=Limits(epsilon=3.0, delta=1e-6))
+    said = node.said(node.header())
+    assert said.info["error"] == "NotPrivate"
+    assert "limits.epsilon is set, and this plan has no privacy" in said.info["message"]
+    scored = node.said(node.header(kind="evaluate"))
+    assert scored.info["error"] == "NotPrivate"
+    assert "nothing that is measured or scored" in scored.info["message"]
+    privacy = Privacy(clip=1.0, noise_multiplier=5.0, sampling=1.0, expected=10.0)
+    assert "error" not in node.said(node.header(), Ask(plan=replace(PLAN, privacy=privacy), settings=SETTINGS)).info
+    assert len(trained) == 1
+    terms = Terms(owner=node.worker.id, unit="example", epsilon=3.0, delta=1e-6)
+    with Ledger.open(tmp_path / "memory" / node.worker.id / "privacy.jsonl", terms) as ledger:
+        assert list(ledger.charges.values()) == [privacy.event(5)]
+    greedy = replace(PLAN, privacy=replace(privacy, noise_multiplier=0.1))
+    assert node.said(node.header(round=2), Ask(plan=greedy, settings=SETTINGS)).info["error"] == "BudgetSpent"
+    assert len(trained) == 1

@@ -119,9 +119,9 @@ def test_a_spent_budget_is_a_refusal_that_counts_no_strike(lab: Callable[..., An
         assert [rule for _, rule, _ in here.refusals(number)] == ["BudgetSpent"]
     for client in here.clients.values():
         client.train = _spent
+    again = lab(clients=here.clients)
     with pytest.raises(RoundFailed, match="BudgetSpent: client x: budget"):
-        lab_again = lab(clients=here.clients)
-        lab_again.conduct(*PRIVATE)
+        again.conduct(*PRIVATE)
 
 
 def test_the_statement_names_unit_relation_accountant_and_who_adds_the_noise(lab: Callable[..., Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from fedlora.data.batches import alike, pad
 from fedlora.data.rows import TokenRow
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.privacy.accounting import Privacy
+from fedlora.state import Ask, Header, TrainPlan
+from fedlora.training.local import train_client
 from fedlora.training.lora import Pair
 from fedlora.training.objective import loss_sum
 from fedlora.training.private import PrivateGradient
@@ -373,3 +376,35 @@ def test_clipped_sums_equal_those_of_opacus(load: Callable[..., Base], labelled:
                 theirs = trained[name if of == "head" else f"{name}.{of.lower()}.weight"].grad
                 assert theirs is not None
                 close(leaf.grad, theirs, 1e-4)
+
+
+def private_ask(plan: TrainPlan, **fields: Any) -> Ask:
+    privacy = Privacy(clip=1.0, noise_multiplier=2.0, sampling=0.5, expected=20.0)
+    return Ask(plan=replace(plan, privacy=privacy, **fields))
+
+
+@pytest.mark.parametrize("broken", [0, 1, 30])
+def test_rows_of_no_use_are_left_out_without_a_word(
+    load: Callable[..., Base],
+    rows: list[TokenRow],
+    plan: TrainPlan,
+    header: Callable[..., Header],
+    broken: int,
+) -> None:
+    """Neither that there are some, nor that there are no others, shows in the answer: 40 is the plan's number."""
+    base = load("llama")
+    useless = [replace(row, answer=np.zeros_like(row.answer)) for row in rows[:broken]]
+    answer = train_client(base, header(base), private_ask(plan), [*useless, *rows[broken:]], threads=1)
+    assert answer.examples == 40
+    assert answer.metrics.keys() == {"steps", "weight_change"}
+    assert answer.metrics["steps"] == 5.0
+    assert all(np.isfinite(x).all() for x in answer.arrays.values())
+
+
+def test_no_rows_at_all_are_answered_with_noise(
+    load: Callable[..., Base], plan: TrainPlan, header: Callable[..., Header]
+) -> None:
+    base = load("llama")
+    one, other = (train_client(base, header(base), private_ask(plan), [], threads=1) for _ in range(2))
+    assert one.examples == 40
+    assert not np.array_equal(*(x.arrays[min(x.arrays)] for x in (one, other)))  # no seed gives it again
