@@ -25,6 +25,10 @@ _NO_PRIVACY: Final = (
     "None claimed: no differential privacy and no secure aggregation. The server saw every client's update, and text "
     "that a client trained on can be recovered from an update, or from an adapter that learnt it by heart."
 )
+_SUMS_ALONE: Final = (
+    "No differential privacy. The server saw sums of the clients' updates and no single one (secure aggregation); what "
+    "a sum shows of a client, and text that the adapter learnt by heart, is not bounded."
+)
 _TAGS: Final = ("fedlora", "federated-learning", "lora")
 
 
@@ -39,7 +43,7 @@ def model_card(manifest: Manifest, config: RunConfig, events: Sequence[Mapping[s
         _how(manifest, config, events),
         _scores(events),
         _use(manifest, config),
-        _limits(manifest),
+        _limits(manifest, config),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
 
@@ -157,12 +161,12 @@ def _use(manifest: Manifest, config: RunConfig) -> list[str]:
     ]
 
 
-def _limits(manifest: Manifest) -> list[str]:
+def _limits(manifest: Manifest, config: RunConfig) -> list[str]:
     claimed = manifest.privacy != "none claimed"
     return [
         "## Privacy",
         "",
-        _text(manifest.privacy) if claimed else _NO_PRIVACY,
+        _text(manifest.privacy) if claimed else _SUMS_ALONE if config.secure.on else _NO_PRIVACY,
         "",
         "## Limits",
         "",
