@@ -67,8 +67,8 @@ def train_client(
     core, B R in place of B). tail_penalty, overlap_penalty, anchor_penalty, only where the plan has one: what it added
     to the loss, mean over steps; the losses above are without it.
     tokens: all but padding; answer_tokens: those predicted; rows: presentations; steps; seconds: this call;
-    step_seconds: forward, backward and optimiser alone. Under privacy only steps and weight_change, the examples are the
-    number of rows that the plan takes a client to have, and rows without a loss are left out without a word.
+    step_seconds: forward, backward and optimiser alone. Under privacy only steps and weight_change, the examples are
+    the number of rows that the plan takes a client to have, and rows without a loss are left out without a word.
 
     Raises: TrainingError if there are no usable rows, the plan cannot be followed or the loss is not finite (nothing is
     sent then); BaseMismatch if the base, or a public A or N, is not the server's; AdapterError if blocks do not fit.
