@@ -66,7 +66,7 @@ def answer(client: Client, data: bytes) -> bytes:
 
 def refusal(header: Header, error: FedLoRAError, *, quiet: bool = False) -> bytes:
     """The answer that says why there is none; with `quiet` only what kind of error it was, for words may quote rows."""
-    words = "under privacy its words stay with the client; see its log" if quiet else str(error)
+    words = "its words stay with the node, since they may quote data: see its log" if quiet else str(error)
     info = {"error": type(error).__name__, "message": words}
     return encode_answer(replace(header, kind="error"), Answer(info=info))
 

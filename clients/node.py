@@ -11,7 +11,9 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -26,7 +28,6 @@ __all__ = ["PARTS", "serve"]
 PARTS: Final = ("both", "worker", "relay")
 _START: Final = 300.0  # seconds in which the worker must listen
 _LOOK: Final = 0.5
-_UNKNOWN: Final = 305 % 256  # exit status of a SuperNode whose key the SuperLink does not know
 _OURS: Final = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -48,10 +49,11 @@ def serve(node: NodeFile, path: Path, *, part: str, notify: Notify) -> None:
     programs = Programs(restarts=node.restarts, notify=notify)
     try:
         if part != "relay":
-            _start_worker(node, path.resolve(), programs)
-        if part != "worker":
+            _start_worker(node, path.resolve(), programs, stopped)
+        if part != "worker" and not stopped:
             _start_relay(node, programs)
-        notify({"event": "serving", "part": part, "server": node.server})
+        if not stopped:
+            notify({"event": "serving", "part": part, "server": node.server})
         while not stopped:
             programs.look()
             time.sleep(_LOOK)
@@ -61,7 +63,7 @@ def serve(node: NodeFile, path: Path, *, part: str, notify: Notify) -> None:
             signal.signal(number, handler)
 
 
-def _start_worker(node: NodeFile, path: Path, programs: Programs) -> None:
+def _start_worker(node: NodeFile, path: Path, programs: Programs, stopped: Sequence[int]) -> None:
     signing = load_private_key(node.keys / "signing.key", "ed25519")
     load_public_key(node.keys / "operator.pub", "ed25519")
     private_folder(node.memory)
@@ -76,7 +78,7 @@ def _start_worker(node: NodeFile, path: Path, programs: Programs) -> None:
         )
     )
     end = time.monotonic() + _START
-    while not node.meeting.exists():
+    while not node.meeting.exists() and not stopped:
         programs.look()
         if time.monotonic() > end:
             raise Died(f"the worker of node {node_id(signing.public_key())[:12]} does not listen; see its log")
@@ -105,7 +107,7 @@ def _start_relay(node: NodeFile, programs: Programs) -> None:
                 command=[program_path(str(command[0])), *map(str, command[1:])],
                 log=state / "logs" / f"{name}.log",
                 environment=environment,
-                hint=_hint if name == "supernode" else lambda status: "",
+                hint=partial(_hint, state / "logs" / "supernode.log") if name == "supernode" else lambda status: "",
             )
         )
 
@@ -135,7 +137,11 @@ def _state(node: NodeFile) -> Path:
     return node.state
 
 
-def _hint(status: int) -> str:
-    if status == _UNKNOWN:
-        return "the SuperLink does not know this node's auth.key, or lists it as online already"
-    return ""
+def _hint(log: Path, status: int) -> str:
+    """What the SuperNode's last words mean."""
+    last = log.read_bytes()[-4000:].decode(errors="replace")
+    if "305" in last or "Failed to activate" in last:
+        return "the server does not know this node's auth.key yet, or it was revoked; it is tried again"
+    if "address already in use" in last.lower():
+        return "its port is taken: give `port` another number"
+    return f"see {log}"

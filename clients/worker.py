@@ -23,15 +23,26 @@ from typing import Any
 from clients.answer import Client, refusal, respond
 from clients.framing import ANSWERED, REFUSED, receive, send
 from clients.memory import Memory
-from clients.private import Budget
+from clients.private import Budget, NotPrivate
 from clients.resident import encoded, resident_base
+from clients.sums import RoundOver
 from fedlora.config import RunConfig
 from fedlora.continual.tasks import JOINT, task_names
 from fedlora.data.rows import TokenRow
 from fedlora.deploy import NodeFile, read_node
 from fedlora.envelope import ASK_OVERHEAD, EnvelopeError, SignedAsk, open_ask, sign_answer
-from fedlora.errors import ConfigError, DataError, FedLoRAError, TrainingError, WireError
+from fedlora.errors import (
+    BaseMismatch,
+    BlocksMissing,
+    CodeMismatch,
+    ConfigError,
+    DataError,
+    FedLoRAError,
+    WireError,
+)
 from fedlora.pki import load_private_key, load_public_key, node_id, registry
+from fedlora.privacy.ledger import BudgetSpent
+from fedlora.privacy.secagg.refusal import Refused
 from fedlora.shared_settings import merged
 from fedlora.state import Ask, Header
 from fedlora.wire import decode_ask
@@ -40,6 +51,15 @@ _log = logging.getLogger("fedlora.worker")
 _READING = 60.0  # seconds in which a relay must hand over its bytes
 _AT_ONCE = 4  # connections that are read at a time; further ones wait
 MAX_BYTES = 2_000_000_000  # of an ask, where the node's settings do not say wire.max_bytes
+
+
+class NotAllowed(FedLoRAError):
+    """What this node does not do, whoever signs it."""
+
+
+_TOLD = (
+    *(BaseMismatch, BlocksMissing, BudgetSpent, CodeMismatch, NotAllowed, NotPrivate, Refused, RoundOver),
+)  # errors whose words hold no data
 
 
 class Worker:
@@ -74,8 +94,7 @@ class Worker:
             payload = respond(client, header, decoded, ask.payload)
         except FedLoRAError as error:
             _log.warning("round %d, %s: refused: %s: %s", header.round, header.kind, type(error).__name__, error)
-            private = decoded.secure is not None or (decoded.plan is not None and decoded.plan.privacy is not None)
-            payload = refusal(header, error, quiet=private and header.kind != "hello")
+            payload = refusal(header, error, quiet=not isinstance(error, _TOLD))
         else:
             _log.info("round %d, %s: answered, %d bytes", header.round, header.kind, len(payload))
         return sign_answer(payload, ask, header, layout, self._key)
@@ -118,7 +137,7 @@ class Worker:
         memory = Memory(self._node.memory, header.run, self.id)
         last = memory.last_round()
         if header.round < last:
-            raise TrainingError(
+            raise NotAllowed(
                 f"round {header.round} is over: this node answered round {last} of run {header.run} already. If the "
                 "server was set back to an older state, begin a new run."
             )
@@ -127,10 +146,10 @@ class Worker:
 
 
 def require_within(ask: Ask, node: NodeFile, header: Header) -> None:
-    """Refuse what the node's own limits do not allow. Raises: TrainingError naming the limit."""
+    """Refuse what the node's own limits do not allow. Raises: NotAllowed naming the limit."""
     limits, plan = node.limits, ask.plan
     if header.kind == "measure" and not limits.measure:
-        raise TrainingError("limits.measure: this node gives no sums of inputs, features or gradients")
+        raise NotAllowed("limits.measure: this node gives no sums of inputs, features or gradients")
     if plan is None:
         return
     training = plan.training
@@ -141,7 +160,7 @@ def require_within(ask: Ask, node: NodeFile, header: Header) -> None:
     ]
     for name, asked, most in wanted:
         if asked is not None and most is not None and asked > most:
-            raise TrainingError(f"limits.{name}: this node does at most {most:g}, the operator asks for {asked:g}")
+            raise NotAllowed(f"limits.{name}: this node does at most {most:g}, the operator asks for {asked:g}")
 
 
 class _Handler(socketserver.BaseRequestHandler):

@@ -210,6 +210,48 @@ def plan(
 
 
 @app.command()
+def audit(
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder made with privacy on; without it, the parts.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer canaries and repeats: weaker bounds.")] = False,
+    inversion: Annotated[
+        bool, typer.Option("--inversion", help="Instead: read training text out of one update, to see why.")
+    ] = False,
+) -> None:
+    """Attack our own privacy with canaries, and hold what an attacker learnt beside what is claimed.
+
+    Exit status 2 if something is flagged: an attack learnt more than the claim allows, or a ledger lacks a charge.
+    """
+    from fedlora.audit_command import record, show, show_inversion, write
+
+    def notify(line: str) -> None:
+        aside.print(line, style="dim", markup=False)
+
+    if inversion:
+        if run is not None or quick:
+            raise ConfigError("audit --inversion shows the embedded base and skills: leave the folder and --quick out")
+        from fedlora.config import load_config
+        from simulations.audit_run import inversion as run_inversion
+        from simulations.inversion import KINDS
+
+        trained, read = run_inversion(load_config(None, []), notify=notify)
+        show_inversion(trained, read, KINDS, console)
+        return
+    from simulations.audit_run import audit_parts, audit_run
+
+    if run is not None:
+        _run_config(run)
+        findings, ledgers = audit_run(run, quick=quick, notify=notify)
+        console.print(f"written: {write(run, findings, ledgers)}", markup=False, soft_wrap=True)
+        console.print(record(run, findings, ledgers), markup=False, soft_wrap=True)
+    else:
+        findings, ledgers = audit_parts(quick=quick, notify=notify), []
+    if show(findings, ledgers, console):
+        raise typer.Exit(2)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Write report.html of a run, also of one that is still going."""
     from fedlora.report.html import write_report

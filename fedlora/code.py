@@ -10,7 +10,7 @@ import hashlib
 from functools import cache
 from pathlib import Path
 
-from fedlora.errors import ConfigError
+from fedlora.errors import CodeMismatch, ConfigError
 
 
 @cache
@@ -39,9 +39,9 @@ def require_one_checkout(module_file: str) -> None:
 
 
 def require_same_code(asked_by: str) -> None:
-    """Refuse an Ask whose sender runs other code. Raises: ConfigError naming both digests."""
+    """Refuse an Ask whose sender runs other code. Raises: CodeMismatch naming both digests."""
     if asked_by != code_digest():
-        raise ConfigError(
+        raise CodeMismatch(
             f"the server runs fedlora code {asked_by[:12]} and this client runs {code_digest()[:12]} from "
             f"{Path(__file__).resolve().parents[1]}: install the same version on both sides, and start the processes "
             "from a folder outside every checkout"

@@ -11,6 +11,10 @@ class ConfigError(FedLoRAError):
     """Settings that cannot work; carries all mistakes at once, one per line."""
 
 
+class CodeMismatch(ConfigError):
+    """A server and a client that run different versions of fedlora."""
+
+
 class DataError(FedLoRAError):
     """Rows, files, columns or partitions that cannot be used."""
 

@@ -63,8 +63,8 @@ def node_command(directory: Folder, name: NodeName) -> None:
     folder = directory / "nodes" / name
     _say(f"node {name}")
     _say(f"id   {made.id}")
-    _say(f"Next: `flwr supernode register {folder / 'auth.pub'} --name {name}`, then move {folder} to the node,")
-    _say("by a way that nobody else can read, and delete it here: it holds the node's private keys.")
+    _say(f"Next: move {folder} to the node by a way that nobody else can read, and delete it here: it holds the node's")
+    _say("private keys. `fedlora server` registers the node with Flower when it starts.")
 
 
 @app.command("revoke")
@@ -72,8 +72,7 @@ def revoke_command(directory: Folder, name: NodeName) -> None:
     """Trust a node no longer; its entry is kept."""
     gone = revoke(directory, name, at=_now())
     _say(f"node {name} is revoked; id {gone.id}")
-    _say("The registry that servers trust no longer lists it. Keep it off Flower too: `flwr supernode unregister`")
-    _say("with its number in `flwr supernode list`.")
+    _say("A running server refuses its answers from the next message on, and takes it off Flower at its next start.")
 
 
 @app.command("renew")
@@ -100,6 +99,11 @@ def show_command(directory: Folder) -> None:
 
     Exit status 1 if something is expired, missing, or open to others.
     """
+    if (directory / "signing.pub").is_file():  # a node's own folder
+        _say(f"this node     {node_id(load_public_key(directory / 'signing.pub', 'ed25519'))}")
+        _say(f"its operator  {node_id(load_public_key(directory / 'operator.pub', 'ed25519'))}")
+        _say(f"its CA        until {load_certificate(directory / 'ca.pem').not_valid_after_utc:%Y-%m-%d}")
+        return
     items = inventory(directory, at=_now())
     rows = [(i.what, i.name, i.state if i.level == "ok" else f"{i.level}: {i.state}", i.fingerprint) for i in items]
     rows.insert(0, ("what", "name", "state", "SHA-256"))

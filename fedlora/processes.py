@@ -108,6 +108,7 @@ class Programs:
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     env={**os.environ, **program.environment},
+                    start_new_session=True,  # Ctrl-C is for us, who stop them in turn
                     cwd="/",  # never a checkout, whose folders would be imported
                     preexec_fn=end_with_parent,
                 )

@@ -103,6 +103,7 @@ def conduct(grid: Grid, deploy: DeployFile) -> Path:
     operator = load_private_key(deploy.keys / "operator.key", "ed25519")
     if not (deploy.folder / "config.toml").is_file():
         open_run(deploy.folder, config)
+        deploy.folder.chmod(0o700)  # its log has measures of single clients
     require_same_settings(deploy.folder, config)
     journal = Journal(deploy.state)
     with _alone(deploy.folder):

@@ -214,6 +214,7 @@ class Serving:
                 self._notify({"event": "registered", "node": node.name})
             elif node.revoked is not None and number in there:
                 self._flower("supernode", "unregister", str(number), CONNECTION)
+                del known[node.id]  # Flower lists it on
                 self._notify({"event": "unregistered", "node": node.name})
             write_atomic(record, json.dumps(known).encode())
 

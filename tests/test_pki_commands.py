@@ -53,7 +53,6 @@ def test_from_nothing_to_a_revoked_node_and_no_secret_on_the_screen(tmp_path: Pa
     screen += (enrolled := call("node", folder, "north"))
     ident = registry(folder)[0].id
     assert f"id   {ident}" in enrolled
-    assert str(folder / "nodes" / "north" / "auth.pub") in enrolled
     screen += (shown := call("show", folder))
     for words in ("CA certificate", "localhost, 127.0.0.1", "operator.pub", "enrolled 20", "still in"):
         assert words in shown
@@ -67,6 +66,18 @@ def test_from_nothing_to_a_revoked_node_and_no_secret_on_the_screen(tmp_path: Pa
     for key in folder.rglob("*.key"):
         for line in key.read_text().splitlines()[1:-1]:
             assert line[:20] not in screen
+
+
+def test_a_node_sees_whose_operator_it_has_pinned(tmp_path: Path) -> None:
+    folder = tmp_path / "keys"
+    call("init", folder, "--name", "fl.example.org")
+    made = call("node", folder, "north")
+    shown = call("show", folder / "nodes" / "north")
+    operator = next(line.split()[-1] for line in call("show", folder).splitlines() if "operator" in line)
+    assert [line.split()[-1] for line in shown.splitlines()[:2]] == [
+        made.split()[made.split().index("id") + 1],
+        operator,
+    ]
 
 
 def test_show_warns_and_then_fails(shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -101,7 +101,7 @@ def test_without_a_memory_it_trains_each_time(trained: list[Header]) -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"code": "0" * 64}, "ConfigError", "the server runs fedlora code 000000000000 and this client runs"),
+        ({"code": "0" * 64}, "CodeMismatch", "the server runs fedlora code 000000000000 and this client runs"),
         ({"client": "client-00002"}, "FedLoRAError", "this is client-00001, but the ask is for client-00002"),
         (
             {"base": "c" * 64},

@@ -132,8 +132,8 @@ def test_the_same_ask_signed_again_gets_the_same_answer_and_trains_once(node: No
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"code": "0" * 64}, "ConfigError", "the server runs fedlora code 000000000000"),
-        ({"client": "f" * 64}, "FedLoRAError", "the ask is for ffff"),
+        ({"code": "0" * 64}, "CodeMismatch", "the server runs fedlora code 000000000000"),
+        ({"client": "f" * 64}, "FedLoRAError", "its words stay with the node"),
         ({"base": "c" * 64}, "BaseMismatch", "its base is bbbbbbbbbbbb, the run's is cccccccccccc"),
     ],
 )
@@ -146,10 +146,13 @@ def test_a_refusal_is_signed_with_its_reason(
     assert trained == []
 
 
-def test_a_server_that_would_set_the_nodes_paths_is_refused(node: Node, trained: list[Header]) -> None:
+def test_a_server_that_would_set_the_nodes_paths_is_refused(
+    node: Node, trained: list[Header], caplog: pytest.LogCaptureFixture
+) -> None:
     ask = Ask(plan=PLAN, settings='{"tasks": [], "data.name": "/etc/shadow"}')
     said = node.said(node.header(), ask, layout="")
-    assert "tells data.name, which a server may not set" in said.info["message"]
+    assert (said.info["error"], "shadow" in said.info["message"]) == ("ConfigError", False)  # words stay here
+    assert "tells data.name, which a server may not set" in caplog.text
     assert trained == []
 
 

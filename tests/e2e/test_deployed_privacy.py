@@ -38,7 +38,7 @@ def test_a_worker_killed_in_each_stage_of_a_sum_costs_its_part_and_no_budget(tmp
 
             def heard(number: int = number) -> bool:
                 answers = [e for e in whole.journal() if e["event"] == "answer" and e.get("round") == number]
-                return len(answers) > len(NODES) * (number - 1)
+                return len(answers) > 3 * (number - 1)  # a worker that was killed before may be missing
 
             whole.wait(f"stage {number} of round {number}", heard, seconds=300)
             for worker in whole.children("d", "clients.worker"):
