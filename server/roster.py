@@ -106,6 +106,12 @@ class Roster:
                 told = online
             time.sleep(_PAUSE)
 
+    def await_nodes(self, wanted: int) -> None:
+        """Wait until so many nodes are online, at most `rounds.deadline`: one that is started again is soon back."""
+        end = time.monotonic() + self._config.rounds.deadline
+        while len(list(self._grid.get_node_ids())) < wanted and time.monotonic() < end:
+            time.sleep(_PAUSE)
+
     def refresh(self) -> list[Refusal]:
         """Ask every new node who it is; forget nodes that left. Returns who was refused, and why.
 

@@ -255,6 +255,7 @@ class Conductor:
                     raise self._paused(number, str(error)) from error
                 self._notify({"event": "retry", "round": number, "reason": str(error)})
             tally.missing.clear()
+            roster.await_nodes(len(cohort.members))
             self._refuse(tally, roster.refresh())
         raise AssertionError("unreachable: the loop returns or raises")
 
