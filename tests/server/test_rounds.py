@@ -342,7 +342,7 @@ def test_a_client_that_left_within_the_round_is_missing_on_the_repeat(lab: Any) 
             one.grid.lost = set()
             del one.grid.nodes[1002]
 
-    one.conduct("rounds.count=1", "evaluation.every=1", stop=leave)
+    one.conduct("rounds.count=1", "evaluation.every=1", "rounds.deadline=0.5", stop=leave)
     assert one.rounds[0]["missing"] == ["client-00002"]
     assert ("client-00002", "node unavailable", "it left after the round began") in one.refusals()
 

@@ -252,7 +252,7 @@ def test_what_was_accepted_counts_although_its_client_is_gone_after_the_kill(
             one.lab.grid.silent = {quiet}
 
     one.lab.grid.silent = set()
-    assert encode_state(one.conduct("rounds.count=1", stop=speak)) == encode_state(whole.conduct("rounds.count=1"))
+    assert encode_state(one.conduct("rounds.count=1", "rounds.deadline=0.5", stop=speak)) == encode_state(whole.conduct("rounds.count=1"))
 
 
 def test_a_damaged_spool_file_is_refused_and_the_client_is_asked_again(federation: Callable[[], Federation]) -> None:
