@@ -32,6 +32,7 @@ _OURS: Final = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",  # large messages go back to the system when they are done with
 }
 
 
@@ -140,7 +141,9 @@ def _state(node: NodeFile) -> Path:
 def _hint(log: Path, status: int) -> str:
     """What the SuperNode's last words mean."""
     last = log.read_bytes()[-4000:].decode(errors="replace")
-    if "305" in last or "Failed to activate" in last:
+    if "CERTIFICATE_VERIFY_FAILED" in last:
+        return "the server's certificate is not of the CA in this node's keys, or not for the name in `server`"
+    if "Failed to activate" in last:
         return "the server does not know this node's auth.key yet, or it was revoked; it is tried again"
     if "address already in use" in last.lower():
         return "its port is taken: give `port` another number"

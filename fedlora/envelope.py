@@ -20,6 +20,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from cryptography.exceptions import InvalidSignature
@@ -33,11 +34,13 @@ __all__ = [
     "ANSWER_OVERHEAD",
     "ASK_OVERHEAD",
     "EnvelopeError",
+    "SentAsk",
     "SignedAsk",
     "new_nonce",
     "node_of",
     "open_answer",
     "open_ask",
+    "sent_ask",
     "sign_answer",
     "sign_ask",
 ]
@@ -65,6 +68,19 @@ class SignedAsk:
     nonce: bytes
     payload: bytes
 
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the payload, in hex."""
+        return hashlib.sha256(self.payload).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentAsk:
+    """What whoever waits for an answer keeps of an ask: nothing that grows with it."""
+
+    nonce: bytes
+    digest: str  # SHA-256 of the payload, in hex
+
 
 def new_nonce() -> bytes:
     """32 bytes from the system's entropy."""
@@ -73,9 +89,15 @@ def new_nonce() -> bytes:
 
 def sign_ask(payload: bytes, key: Ed25519PrivateKey, nonce: bytes) -> bytes:
     """The ask as a node will take it. Raises: EnvelopeError for a nonce that is not 32 bytes."""
+    return sent_ask(payload, key, nonce)[0]
+
+
+def sent_ask(payload: bytes, key: Ed25519PrivateKey, nonce: bytes) -> tuple[bytes, SentAsk]:
+    """The ask as a node will take it, and what to keep of it. Raises: EnvelopeError as `sign_ask`."""
     if len(nonce) != _NONCE:
         raise EnvelopeError("not signed", f"a nonce has {_NONCE} bytes, got {len(nonce)}")
-    return b"".join((_ASK, nonce, key.sign(_statement_of_ask(nonce, payload)), payload))
+    sent = SentAsk(nonce=nonce, digest=hashlib.sha256(payload).hexdigest())
+    return b"".join((_ASK, nonce, key.sign(_statement_of_ask(sent)), payload)), sent
 
 
 def open_ask(data: bytes, operator: Ed25519PublicKey, *, max_bytes: int) -> SignedAsk:
@@ -89,19 +111,20 @@ def open_ask(data: bytes, operator: Ed25519PublicKey, *, max_bytes: int) -> Sign
         raise EnvelopeError("not signed", f"{len(data):,} bytes that are no signed ask")
     nonce = data[len(_ASK) : len(_ASK) + _NONCE]
     signature, payload = data[len(_ASK) + _NONCE : ASK_OVERHEAD], data[ASK_OVERHEAD:]
+    ask = SignedAsk(nonce=nonce, payload=payload)
     try:
-        operator.verify(signature, _statement_of_ask(nonce, payload))
+        operator.verify(signature, _statement_of_ask(ask))
     except InvalidSignature:
         raise EnvelopeError(
             "signature", "the ask is not signed by the operator whose key is pinned here (operator.pub)"
         ) from None
-    return SignedAsk(nonce=nonce, payload=payload)
+    return ask
 
 
 def sign_answer(payload: bytes, ask: SignedAsk, header: Header, layout: str, key: Ed25519PrivateKey) -> bytes:
     """The answer to `ask`, whose header is `header`, computed in the layout of digest `layout` (empty: a hello)."""
     node = _raw_id(key.public_key())
-    signature = key.sign(_statement_of_answer(payload, ask.payload, ask.nonce, header, layout, node))
+    signature = key.sign(_statement_of_answer(payload, ask, header, layout, node))
     return b"".join((_ANSWER, ask.nonce, node, signature, payload))
 
 
@@ -114,7 +137,13 @@ def node_of(data: bytes) -> str:
 
 
 def open_answer(
-    data: bytes, *, ask: SignedAsk, asked: Header, layout: str, keys: Mapping[str, Ed25519PublicKey], max_bytes: int
+    data: bytes,
+    *,
+    ask: SignedAsk | SentAsk,
+    asked: Header,
+    layout: str,
+    keys: Mapping[str, Ed25519PublicKey],
+    max_bytes: int,
 ) -> tuple[str, bytes]:
     """(id of the node that signed, payload) of an answer to `ask`; `keys` are those of the nodes that are trusted now.
 
@@ -132,9 +161,7 @@ def open_answer(
     start = len(_ANSWER) + _NONCE + _NODE
     signature, payload = data[start : start + _SIGNATURE], data[ANSWER_OVERHEAD:]
     try:
-        keys[node].verify(
-            signature, _statement_of_answer(payload, ask.payload, nonce, asked, layout, bytes.fromhex(node))
-        )
+        keys[node].verify(signature, _statement_of_answer(payload, ask, asked, layout, bytes.fromhex(node)))
     except InvalidSignature:
         raise EnvelopeError(
             "signature", f"node {node[:12]} did not sign these bytes as the answer to this ask in this layout"
@@ -146,17 +173,17 @@ def _raw_id(key: Ed25519PublicKey) -> bytes:
     return hashlib.sha256(key.public_bytes(Encoding.Raw, PublicFormat.Raw)).digest()
 
 
-def _statement_of_ask(nonce: bytes, payload: bytes) -> bytes:
-    return _DOMAIN_ASK + _canonical({"nonce": nonce.hex(), "payload": hashlib.sha256(payload).hexdigest()})
+def _statement_of_ask(ask: SignedAsk | SentAsk) -> bytes:
+    return _DOMAIN_ASK + _canonical({"nonce": ask.nonce.hex(), "payload": ask.digest})
 
 
-def _statement_of_answer(payload: bytes, ask: bytes, nonce: bytes, header: Header, layout: str, node: bytes) -> bytes:
+def _statement_of_answer(payload: bytes, ask: SignedAsk | SentAsk, header: Header, layout: str, node: bytes) -> bytes:
     stated = {
         **asdict(header),
         "node": node.hex(),
-        "nonce": nonce.hex(),
+        "nonce": ask.nonce.hex(),
         "layout": layout,
-        "ask": hashlib.sha256(ask).hexdigest(),
+        "ask": ask.digest,
         "payload": hashlib.sha256(payload).hexdigest(),
     }
     return _DOMAIN_ANSWER + _canonical(stated)

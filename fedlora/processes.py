@@ -23,6 +23,7 @@ __all__ = ["Died", "Program", "Programs", "end_with_parent", "private_folder", "
 
 _WINDOW: Final = 600.0  # seconds over which restarts are counted
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a program is started again
+_SETTLED: Final = 30.0  # seconds after which a program that dies is started again at once
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 _PR_SET_PDEATHSIG: Final = 1
 _LIBC: Final = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None  # loaded before any fork
@@ -46,6 +47,8 @@ class Program:
 
     process: subprocess.Popen[bytes] | None = None
     ended: list[float] = field(default_factory=list)
+    began: float = 0.0
+    early: int = 0  # times in a row that it died soon after its start
     wait_until: float = 0.0
 
 
@@ -63,7 +66,10 @@ class Programs:
         self._launch(program)
 
     def look(self) -> None:
-        """Start again what has died, with growing pauses. Raises: Died for more than `restarts` in ten minutes."""
+        """Start again what has died, with growing pauses where it died early.
+
+        Raises: Died for more than `restarts` in ten minutes.
+        """
         now = time.monotonic()
         for program in self._programs:
             if program.process is not None and program.process.poll() is not None:
@@ -74,7 +80,8 @@ class Programs:
                 self._notify({"event": "died", "program": program.name, "status": status, "detail": said})
                 if len(program.ended) > self._restarts:
                     raise Died(f"{said}, {len(program.ended)} times in ten minutes; its log is {program.log}")
-                pause = min(_FIRST_PAUSE * 2 ** (len(program.ended) - 1), _LONGEST_PAUSE)
+                program.early = program.early + 1 if now - program.began < _SETTLED else 0
+                pause = min(_FIRST_PAUSE * 2**program.early, _LONGEST_PAUSE)
                 program.wait_until = now + pause
             if program.process is None and now >= program.wait_until:
                 self._launch(program)
@@ -114,6 +121,7 @@ class Programs:
                 )
             except OSError as error:
                 raise Died(f"{program.name}: {program.command[0]} cannot be started: {error.strerror}") from error
+        program.began = time.monotonic()
         self._notify({"event": "started", "program": program.name, "pid": program.process.pid})
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from fedlora.envelope import EnvelopeError, SignedAsk, new_nonce, open_answer, sign_ask
+from fedlora.envelope import EnvelopeError, SentAsk, new_nonce, open_answer, sent_ask
 from fedlora.errors import AnswerRejected, WireError
 from fedlora.state import Header
 from fedlora.wire import peek
@@ -58,12 +58,12 @@ class Signed:
     ) -> None:
         self._operator = operator
         self._nodes = nodes
-        self._sent: dict[str, SignedAsk] = {}
+        self._sent: dict[str, SentAsk] = {}
         self.settings = settings
 
     def sealed(self, client: str, ask: bytes) -> bytes:
-        self._sent[client] = SignedAsk(nonce=new_nonce(), payload=ask)
-        return sign_ask(ask, self._operator, self._sent[client].nonce)
+        data, self._sent[client] = sent_ask(ask, self._operator, new_nonce())
+        return data
 
     def opened(self, data: bytes, asked: Header, *, layout: str, max_bytes: int) -> tuple[str | None, bytes]:
         try:

@@ -16,6 +16,7 @@ from fedlora.errors import WireError
 from fedlora.npy import npy_bytes
 from server.admission import plain
 
+_LOST = {ErrorCode.NODE_UNAVAILABLE: "node unavailable", ErrorCode.MESSAGE_UNAVAILABLE: "answer lost"}
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0  # seconds between polls when nothing has arrived
 
 
@@ -31,7 +32,7 @@ class Asked:
 @dataclass(frozen=True)
 class Failure:
     """No usable answer; the rule says why: `deadline`, `not asked`, `not sent`, `node unavailable`, `client failed`,
-    `malformed`, or `second answer` (the first one stands).
+    `malformed`, `answer lost` (Flower began to carry it and lost a part), or `second answer` (the first one stands).
     """
 
     rule: str
@@ -110,8 +111,8 @@ def exchange(
 
 def _content(reply: Message) -> bytes | Failure:
     if reply.has_error():
-        lost = reply.error.code == ErrorCode.NODE_UNAVAILABLE
-        return Failure("node unavailable" if lost else "client failed", plain(reply.error.reason, 2000))
+        rule = _LOST.get(reply.error.code, "client failed")
+        return Failure(rule, plain(reply.error.reason, 2000))
     try:
         return unpack(reply.content)
     except WireError as error:

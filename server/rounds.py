@@ -559,10 +559,14 @@ class Conductor:
                 in_flight=self._config.rounds.in_flight,
             )
 
-        again: list[str] = []  # who lost its blocks, and is asked once more with all of them
+        again: list[str] = []  # asked once more: who lost its blocks (with all of them), and whose answer Flower lost
         for client, data, sent in itertools.chain(replies(here), itertools.chain.from_iterable(map(replies, [again]))):
             tally.down[client] = tally.down.get(client, 0) + sent
             if isinstance(data, Failure):
+                if data.rule == "answer lost" and client not in again and kind != "secure":
+                    again.append(client)
+                    self._notify({"event": "again", "round": number, "client": client, "reason": data.detail})
+                    continue
                 if data.rule not in ("malformed", "second answer"):
                     tally.missing.add(client)
                 self._refuse(tally, [Refusal(client, data.rule, data.detail)], strike=data.rule == "malformed")

@@ -41,11 +41,13 @@ __all__ = ["Serving", "environment", "serve"]
 CONNECTION: Final = "fedlora"
 _START: Final = 300.0  # seconds in which the SuperLink must listen; a busy machine takes long to import it
 _LOOK: Final = 0.5  # seconds between looks
-_ASK_FLOWER: Final = 20.0  # seconds between asking Flower whether the run still runs
+_ASK_FLOWER: Final = 120.0  # seconds between asking Flower whether the run still runs
+_FLOWER: Final = 120.0  # seconds in which `flwr` must have answered
 _OURS: Final = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "MALLOC_MMAP_THRESHOLD_": "1048576",  # large messages go back to the system when they are done with
 }
 
 
@@ -141,11 +143,18 @@ class Serving:
             if len(self._resubmitted) > self._deploy.restarts:
                 raise Died(f"the conductor died {len(self._resubmitted)} times in ten minutes; see {self._log}")
             self._notify({"event": "resubmitted", "reason": lost})
-            self._submit()
+            self._run = 0
+        if self._run == 0 and self._listens():
+            try:
+                self._submit()
+            except FedLoRAError as error:  # the SuperLink died meanwhile; it is on its way up again
+                self._notify({"event": "unreachable", "detail": str(error)})
         return None
 
     def _conductor_lost(self) -> str:
         """Why the run needs a new conductor, or nothing: its process is gone, or Flower says that it ended."""
+        if self._run == 0:  # known already, and none could be submitted yet
+            return ""
         pid = self._deploy.state / CONDUCTOR
         if pid.exists() and not alive(int(pid.read_text())):
             return "its conductor is gone"
@@ -188,16 +197,20 @@ class Serving:
 
     def _wait_for_port(self) -> None:
         end = time.monotonic() + _START
-        while True:
-            try:
-                with socket.create_connection((self._deploy.address, self._deploy.port), timeout=1.0):
-                    return
-            except OSError as error:
-                self._programs.look()
-                if time.monotonic() > end:
-                    log = self._deploy.state / "logs" / "superlink.log"
-                    raise Died(f"the SuperLink does not listen at {self._at} ({error}); its log is {log}") from error
-                time.sleep(0.2)
+        while not self._listens():
+            self._programs.look()
+            if time.monotonic() > end:
+                log = self._deploy.state / "logs" / "superlink.log"
+                raise Died(f"the SuperLink does not listen at {self._at}; its log is {log}")
+            time.sleep(0.2)
+
+    def _listens(self) -> bool:
+        """Whether the SuperLink takes connections."""
+        try:
+            with socket.create_connection((self._deploy.address, self._deploy.port), timeout=1.0):
+                return True
+        except OSError:
+            return False
 
     def _register(self) -> None:
         """Register the enrolled nodes that Flower does not know, and unregister those that were revoked.
@@ -252,15 +265,18 @@ class Serving:
 
     def _flower(self, *arguments: str) -> dict[str, Any]:
         """What `flwr` says as JSON. Raises: FedLoRAError with its words."""
-        done = subprocess.run(
-            [program_path("flwr"), *arguments, "--format", "json"],
-            env={**os.environ, **self._environment},
-            cwd="/",
-            capture_output=True,
-            text=True,
-            timeout=120.0,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [program_path("flwr"), *arguments, "--format", "json"],
+                env={**os.environ, **self._environment},
+                cwd="/",
+                capture_output=True,
+                text=True,
+                timeout=_FLOWER,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise FedLoRAError(f"flwr {arguments[0]}: no answer within {_FLOWER:g} s") from None
         text = done.stdout
         try:
             said = json.loads(text[text.index("{") :])

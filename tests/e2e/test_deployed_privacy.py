@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.deployment import Deployment
+from simulations.benchmarks.deployment import Deployment
 
 STAGES = 5
 NODES = {"a": 4, "b": 4, "c": 2, "d": 2}

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from flwr.app import Error, Metadata
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
 
 from fedlora.envelope import SignedAsk, open_ask, sign_answer
 from fedlora.errors import RoundFailed
@@ -252,7 +255,8 @@ def test_what_was_accepted_counts_although_its_client_is_gone_after_the_kill(
             one.lab.grid.silent = {quiet}
 
     one.lab.grid.silent = set()
-    assert encode_state(one.conduct("rounds.count=1", "rounds.deadline=0.5", stop=speak)) == encode_state(whole.conduct("rounds.count=1"))
+    state = one.conduct("rounds.count=1", "rounds.deadline=0.5", stop=speak)
+    assert encode_state(state) == encode_state(whole.conduct("rounds.count=1"))
 
 
 def test_a_damaged_spool_file_is_refused_and_the_client_is_asked_again(federation: Callable[[], Federation]) -> None:
@@ -281,3 +285,38 @@ def test_a_pause_keeps_what_was_accepted(federation: Callable[[], Federation]) -
     done = [n.client.trained for n in one.nodes]
     assert bare(one.conduct("rounds.count=1", "rounds.quarantine=0")) == bare(whole.conduct("rounds.count=1"))
     assert [n.client.trained - d for n, d in zip(one.nodes, done, strict=True)] == [1, 1, 1, 0, 0]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_answer_that_flower_lost_is_asked_for_once_more(federation: Callable[[], Federation], times: int) -> None:
+    one, whole = federation(), federation()
+    pull, lost = one.lab.grid.pull_messages, []
+
+    def torn(ids: Any) -> Any:
+        replies = pull(ids)
+        if replies and replies[0].metadata.message_type == "train" and len(lost) < times:
+            first = replies[0].metadata
+            if not lost or lost[0] == first.src_node_id:
+                lost.append(first.src_node_id)
+                metadata = Metadata(
+                    run_id=1,
+                    message_id="",
+                    src_node_id=1,
+                    dst_node_id=1,
+                    message_type="system",
+                    group_id="",
+                    ttl=0,
+                    reply_to_message_id=first.reply_to_message_id,
+                    created_at=0.0,
+                )  # as Flower's Grid makes it
+                return [make_message(metadata=metadata, error=Error(ErrorCode.MESSAGE_UNAVAILABLE, "a part is gone"))]
+        return replies
+
+    one.lab.grid.pull_messages = torn
+    state = one.conduct("rounds.count=1", "rounds.retries=0", "rounds.quorum=0.8")
+    assert [n["round"] for n in one.lab.notes if n["event"] == "again"] == [1]
+    if times == 1:
+        assert bare(state) == bare(whole.conduct("rounds.count=1"))
+        assert one.lab.refusals() == []
+    else:
+        assert [rule for _, rule, _ in one.lab.refusals()] == ["answer lost"]
