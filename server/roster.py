@@ -29,7 +29,7 @@ from server.exchange import Asked, Failure, exchange
 from strategies.base import Member
 
 _PAUSE = 0.2  # seconds between looks at who is online
-_LASTING = {"malformed"}  # a node that failed its hello in another way is asked again before the next round
+_LASTING = {"deadline", "malformed"}  # a node that failed its hello in another way is asked again before the next round
 
 
 @dataclass(frozen=True)
