@@ -6,8 +6,6 @@ hold the key that lets the node in at the SuperLink, and pass messages on.
 
 from __future__ import annotations
 
-import os
-import secrets
 import signal
 import sys
 import time
@@ -21,19 +19,22 @@ from typing import Any, Final
 from fedlora.deploy import NodeFile
 from fedlora.errors import FedLoRAError
 from fedlora.pki import load_certificate, load_private_key, load_public_key, node_id
-from fedlora.processes import Died, Notify, Program, Programs, private_folder, program_path
+from fedlora.processes import (
+    Died,
+    Notify,
+    Program,
+    Programs,
+    flower_environment,
+    private_folder,
+    program_path,
+    secret_file,
+)
 
 __all__ = ["PARTS", "serve"]
 
 PARTS: Final = ("both", "worker", "relay")
 _START: Final = 300.0  # seconds in which the worker must listen
 _LOOK: Final = 0.5
-_OURS: Final = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1048576",  # large messages go back to the system when they are done with
-}
 
 
 def serve(node: NodeFile, path: Path, *, part: str, notify: Notify) -> None:
@@ -92,14 +93,8 @@ def _start_relay(node: NodeFile, programs: Programs) -> None:
     ca = load_certificate(keys / "ca.pem")
     if ca.not_valid_after_utc < datetime.now(UTC):
         raise FedLoRAError(f"{keys / 'ca.pem'}: the CA's certificate ended on {ca.not_valid_after_utc:%Y-%m-%d}")
-    secret = state / "executor.secret"
-    if not secret.exists():
-        with open(secret, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as file:
-            file.write(secrets.token_bytes(32))
-    home = private_folder(state / "flower")
-    here = str(Path(program_path("flower-supernode")).parent)
-    environment = {**_OURS, "FLWR_HOME": str(home)}
-    environment["PATH"] = f"{here}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    secret = secret_file(state / "executor.secret")
+    environment = flower_environment(private_folder(state / "flower"))
 
     def start(name: str, command: list[Any]) -> None:
         programs.start(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -19,7 +20,16 @@ from typing import Any, Final
 
 from fedlora.errors import FedLoRAError
 
-__all__ = ["Died", "Program", "Programs", "end_with_parent", "private_folder", "program_path"]
+__all__ = [
+    "Died",
+    "Program",
+    "Programs",
+    "end_with_parent",
+    "flower_environment",
+    "private_folder",
+    "program_path",
+    "secret_file",
+]
 
 _WINDOW: Final = 600.0  # seconds over which restarts are counted
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a program is started again
@@ -137,6 +147,27 @@ def program_path(name: str) -> str:
     if not path.is_file():
         raise Died(f"{name} is not beside {sys.executable}: install fedlora with its dependencies in one environment")
     return str(path)
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """What every program of Flower gets: a home of its own, no calls to others, this environment's programs first."""
+    here = str(Path(program_path("flwr")).parent)
+    return {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "MALLOC_MMAP_THRESHOLD_": "1048576",  # large messages go back to the system when they are done with
+        "FLWR_HOME": str(home),
+        "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+    }
+
+
+def secret_file(path: Path) -> Path:
+    """A file of 32 random bytes that this user alone may read; made if it is not there."""
+    if not path.exists():
+        with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(secrets.token_bytes(32))
+    return path
 
 
 def private_folder(path: Path) -> Path:

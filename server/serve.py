@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import signal
 import socket
 import subprocess
@@ -30,31 +29,28 @@ from fedlora.data import test_rows
 from fedlora.deploy import DeployFile
 from fedlora.errors import FedLoRAError
 from fedlora.pki import WARNING, Node, load_certificate, load_private_key, registry, require_valid
-from fedlora.processes import Died, Notify, Program, Programs, private_folder, program_path
+from fedlora.processes import (
+    Died,
+    Notify,
+    Program,
+    Programs,
+    flower_environment,
+    private_folder,
+    program_path,
+    secret_file,
+)
 from fedlora.watching import PROGRAMS, alive, programs_record
 from server.checkpoint import write_atomic
 from server.deployed import CONDUCTOR, ENDED, VARIABLE, Outcome, read_outcome, run_settings
 from server.watch import endpoint
 
-__all__ = ["Serving", "environment", "serve"]
+__all__ = ["Serving", "serve"]
 
 CONNECTION: Final = "fedlora"
 _START: Final = 300.0  # seconds in which the SuperLink must listen; a busy machine takes long to import it
 _LOOK: Final = 0.5  # seconds between looks
 _ASK_FLOWER: Final = 120.0  # seconds between asking Flower whether the run still runs
 _FLOWER: Final = 120.0  # seconds in which `flwr` must have answered
-_OURS: Final = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    "MALLOC_MMAP_THRESHOLD_": "1048576",  # large messages go back to the system when they are done with
-}
-
-
-def environment(home: Path) -> dict[str, str]:
-    """What every program of Flower gets: a home of its own, no calls to others, this environment's programs first."""
-    here = str(Path(program_path("flwr")).parent)
-    return {**_OURS, "FLWR_HOME": str(home), "PATH": f"{here}{os.pathsep}{os.environ.get('PATH', os.defpath)}"}
 
 
 class Serving:
@@ -66,7 +62,7 @@ class Serving:
         self._notify = notify
         self._home = deploy.state / "flower"
         self._at = f"{deploy.address}:{deploy.port}"
-        self._environment = environment(self._home) | {VARIABLE: str(self._path)}
+        self._environment = flower_environment(self._home) | {VARIABLE: str(self._path)}
         self._programs = Programs(restarts=deploy.restarts, notify=notify)
         self._run = 0  # Flower's id of the run that was submitted last
         self._asked = 0.0
@@ -97,10 +93,7 @@ class Serving:
         """Start Flower, register the enrolled nodes, submit the run."""
         keys, state = self._deploy.keys, private_folder(self._deploy.state)
         private_folder(self._home)
-        secret = state / "executor.secret"
-        if not secret.exists():
-            with open(secret, "xb", opener=lambda p, f: os.open(p, f, 0o600)) as file:
-                file.write(secrets.token_bytes(32))
+        secret = secret_file(state / "executor.secret")
         (self._home / "config.toml").write_text(
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self._at}"\n'
             f"root-certificates = {json.dumps(str(keys / 'ca.pem'))}\n"

@@ -15,7 +15,15 @@ import psutil
 import pytest
 
 from fedlora.errors import FedLoRAError
-from fedlora.processes import Died, Program, Programs, private_folder, program_path
+from fedlora.processes import (
+    Died,
+    Program,
+    Programs,
+    flower_environment,
+    private_folder,
+    program_path,
+    secret_file,
+)
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 
@@ -103,3 +111,16 @@ def test_a_folder_for_secrets_is_private(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(FedLoRAError, match="others may look into it"):
         private_folder(tmp_path / "open")
+
+
+def test_the_shared_secret_is_made_once_and_is_private(tmp_path: Path) -> None:
+    path = secret_file(tmp_path / "secret")
+    first = path.read_bytes()
+    assert (len(first), path.stat().st_mode & 0o777) == (32, 0o600)
+    assert secret_file(path).read_bytes() == first
+
+
+def test_flower_calls_nobody_and_starts_what_is_installed_here(tmp_path: Path) -> None:
+    given = flower_environment(tmp_path)
+    assert (given["FLWR_TELEMETRY_ENABLED"], given["FLWR_HOME"]) == ("0", str(tmp_path))
+    assert given["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)

@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedlora.processes import program_path
+from fedlora.processes import flower_environment, program_path
 from fedlora.report.log import read_log
-from server.serve import CONNECTION, Serving, environment
+from server.serve import CONNECTION, Serving
 from simulations.benchmarks.deployment import OWN, ROOT, TINY, Deployment
 from simulations.benchmarks.load import Watched
 
@@ -266,7 +266,7 @@ def _start_node(whole: Deployment, name: str, config: str) -> None:
     secret = node.state / "executor.secret"
     with open(secret, "xb", opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
         file.write(secrets.token_bytes(32))
-    own = {**environment(node.state / "flower"), "PYTHONPATH": ""}
+    own = {**flower_environment(node.state / "flower"), "PYTHONPATH": ""}
     shared = ["--superexec-auth-secret-file", str(secret)]
     supernode = ["--root-certificates", str(node.keys / "ca.pem"), "--superlink", node.server]
     supernode += ["--auth-supernode-private-key", str(node.keys / "auth.key"), "--host", "127.0.0.1"]
