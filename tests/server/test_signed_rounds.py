@@ -100,6 +100,11 @@ def by_a_stranger(node: Keyed, payload: bytes, ask: SignedAsk, header: Header, l
     return sign_answer(payload, ask, header, layout, Ed25519PrivateKey.generate())
 
 
+def by_another_node(node: Keyed, payload: bytes, ask: Any, header: Header, layout: str) -> bytes:
+    """Client 2's answer, signed by client 1, who is enrolled too."""
+    return sign_answer(payload, ask, header, layout, Ed25519PrivateKey.from_private_bytes(bytes([2]) * 32))
+
+
 def altered(node: Keyed, payload: bytes, ask: SignedAsk, header: Header, layout: str) -> bytes:
     data = bytearray(sign_answer(payload, ask, header, layout, node.key))
     data[-1] ^= 1
@@ -122,6 +127,7 @@ def the_first_one_again(node: Keyed, payload: bytes, ask: SignedAsk, header: Hea
 FORGERIES: dict[str, tuple[Forge, str, int]] = {
     "unsigned": (unsigned, "not signed", 1),
     "by a stranger": (by_a_stranger, "other node", 1),
+    "by another node": (by_another_node, "other node", 1),
     "altered": (altered, "signature", 1),
     "in another layout": (in_another_layout, "signature", 1),
     "without its layout": (without_layout, "signature", 1),

@@ -26,7 +26,6 @@ from fedlora.privacy.secagg.packing import Packing
 from fedlora.state import Layout, Secure, TrainPlan, expected_shapes, part
 
 __all__ = [
-    "LEAST_BOUND",
     "MOST_LOSS",
     "SCALARS",
     "Mean",
@@ -40,7 +39,6 @@ __all__ = [
 
 SCALARS = ("clipped", "loss_after", "loss_before", "weight")
 MOST_LOSS = 10.0  # a loss above counts as this
-LEAST_BOUND = 16.0  # more than the scalars' own norm, sqrt(2 + 2 * 10^2)
 
 
 @dataclass(frozen=True, kw_only=True)
