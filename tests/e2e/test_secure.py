@@ -52,6 +52,7 @@ def test_the_adapter_is_that_of_plain_rounds(tmp_path: Path) -> None:
     rounds = [e for e in read_log(tmp_path / "secure") if e["event"] == "round"]
     assert [len(e["clients"]) for e in rounds] == [4, 4]
     for event in rounds:
+        assert not event.get("evaluation", {}).get("clients")  # a score is of one client's rows
         for client in event["clients"]:
             assert client.keys() <= {"id", "rank", "bytes_up", "bytes_down"}  # no measure of a single client
         assert event["aggregate"]["summed"] == 4.0
