@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from clients import sums
 from clients.memory import Memory
-from clients.private import Budget, NotPrivate, open_ledger, release, require_private
+from clients.private import Budget, NotPrivate, charge_whole, open_ledger, release, require_private
 from fedlora.base import Base
 from fedlora.code import require_same_code
 from fedlora.config import RunConfig
@@ -25,6 +25,7 @@ from fedlora.data.rows import TokenRow
 from fedlora.errors import BaseMismatch, BlocksMissing, FedLoRAError, TrainingError
 from fedlora.evaluation.score import score
 from fedlora.feedback import compress
+from fedlora.privacy.accounting import Event
 from fedlora.state import Answer, Ask, Block, Header, keyed, part
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
@@ -125,9 +126,17 @@ def _summed(client: Client, header: Header, ask: Ask, memory: Memory | None, *, 
         whole = replace(ask, blocks=whole_blocks(ask, memory), on=None)
         return train_client(client.base(), header, whole, client.rows(ask.task)[0], threads=threads(client.config))
 
+    def charge(event: Event) -> None:
+        if client.memory is None:
+            raise NotPrivate(f"client {client.id}: a ledger needs a memory folder, and it has none")
+        with open_ledger(client.memory, client.id, client.config, client.budget) as ledger:
+            charge_whole(ledger, header, ask, event)
+
     key = client.key() if client.key is not None else None
-    base, trusted = client.base(), client.trusted
-    return sums.answered(header, ask, base=base, key=key, memory=memory, trusted=trusted, train=train)
+    base, trusted, whole = client.base(), client.trusted, ask.secure is not None and ask.secure.whole
+    own = (whole and whole.noise > 0.0) or (client.budget is not None and client.budget.unit == "client")
+    paid = charge if own else None
+    return sums.answered(header, ask, base=base, key=key, memory=memory, trusted=trusted, train=train, charge=paid)
 
 
 def whole_blocks(ask: Ask, memory: Memory | None) -> tuple[Block, ...]:

@@ -26,12 +26,14 @@ from pathlib import Path
 from clients.memory import Memory, folder_name
 from fedlora.config import RunConfig
 from fedlora.errors import DataError, FedLoRAError, TrainingError
+from fedlora.privacy.accounting import Event, Unit
 from fedlora.privacy.budget import run_epsilon
+from fedlora.privacy.clients import promised
 from fedlora.privacy.ledger import Key, Ledger, Terms
 from fedlora.state import Ask, Header
 from fedlora.wire import decode_answer, encode_answer, encode_ask
 
-__all__ = ["LEDGER", "Budget", "NotPrivate", "open_ledger", "release", "require_private"]
+__all__ = ["LEDGER", "Budget", "NotPrivate", "charge_whole", "open_ledger", "release", "require_private"]
 
 LEDGER = "privacy.jsonl"
 _log = logging.getLogger("fedlora.private")
@@ -43,16 +45,27 @@ class NotPrivate(FedLoRAError):
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What the owner of a node allows over all runs, whatever a run promises: epsilon at delta, of single rows."""
+    """What the owner of a node allows over all runs, whatever a run promises: epsilon at delta, of one unit."""
 
     epsilon: float
     delta: float
+    unit: Unit = "example"
 
 
 def require_private(config: RunConfig, own: Budget | None, header: Header, ask: Ask) -> bool:
-    """Whether this ask is about private rows. Raises: NotPrivate for one whose answer would not be."""
+    """Whether this ask is about private rows. Raises: NotPrivate for one whose answer would not be.
+
+    An owner whose unit is the whole client answers secure sums alone, in which this client adds noise of its own.
+    """
     plan = ask.plan
-    if own is None and config.privacy.level == "none" and (plan is None or plan.privacy is None):
+    if own is not None and own.unit == "client":
+        if header.kind == "secure" and ask.secure is not None and ask.secure.whole is not None:
+            return False
+        raise NotPrivate(
+            f"client {header.client}, round {header.round}: limits.unit is client, so nothing leaves but sums with "
+            "noise of its own: the run must set privacy.level=client, privacy.noise=clients and secure.on=true"
+        )
+    if own is None and config.privacy.level != "example" and (plan is None or plan.privacy is None):
         return False
     rule = "limits.epsilon is set" if own is not None else "privacy.level is example"
     who = f"client {header.client}, round {header.round}"
@@ -75,24 +88,37 @@ def require_private(config: RunConfig, own: Budget | None, header: Header, ask: 
 def open_ledger(root: Path, client: str, config: RunConfig, own: Budget | None) -> Ledger:
     """The client's ledger, made at its first private ask. Its terms are the owner's, else those of the run.
 
+    One file for each unit: rows, and the client as a whole.
+
     Raises: LedgerError as `Ledger.open`, also where the folder is there and its ledger is gone; NotPrivate if nobody
     says what may be spent.
     """
     if own is None:
-        spend = run_epsilon(config)
+        whole = promised(config)
+        spend = run_epsilon(config) if whole is None else whole
         if spend is None:
             raise NotPrivate(
                 f"client {client}: neither its owner nor the run says what may be spent: set limits.epsilon"
             )
-        own = Budget(epsilon=spend, delta=config.privacy.delta)
-    terms = Terms(owner=client, unit="example", epsilon=own.epsilon, delta=own.delta)
-    folder = root / folder_name(client)
+        own = Budget(epsilon=spend, delta=config.privacy.delta, unit="example" if whole is None else "client")
+    terms = Terms(owner=client, unit=own.unit, epsilon=own.epsilon, delta=own.delta)
+    name = folder_name(client)
+    folder = root / (name if own.unit == "example" else f"{name}.whole")
     if not folder.exists():  # made whole or not at all, so that a folder without a ledger has lost it
         begun = root / f"{folder.name}.begun"
         begun.mkdir(mode=0o700, parents=True, exist_ok=True)
         Ledger.open(begun / LEDGER, terms, create=True).close()
         begun.rename(folder)
     return Ledger.open(folder / LEDGER, terms)
+
+
+def charge_whole(ledger: Ledger, header: Header, ask: Ask, event: Event) -> None:
+    """Charge the secure sum of this round, and task, whose noise this client has a share in; once for all attempts.
+
+    Raises: BudgetSpent before anything is trained; LedgerError as `Ledger`, also where an attempt comes with less or
+    other noise than one before.
+    """
+    ledger.charge(Key(run=header.run, round=header.round, release=f"whole {ask.task}".rstrip()), event)
 
 
 def release(ledger: Ledger, memory: Memory, header: Header, ask: Ask, train: Callable[[Header], bytes]) -> bytes:

@@ -71,7 +71,7 @@ def asked(where: str, ask: bytes, *, patience: float) -> bytes:
                 break
         except (OSError, WireError) as error:
             if time.monotonic() > end:
-                raise WorkerGone(f"the worker at {where} does not answer: {error}") from error
+                raise WorkerGone(f"the node's worker does not answer: {error}") from error
             time.sleep(_PAUSE)
     if status != ANSWERED:
         raise WorkerGone(f"the worker refused: {data.decode(errors='replace')[:2000]}")

@@ -20,6 +20,7 @@ from fedlora.adapter import Array
 from fedlora.base import Base
 from fedlora.errors import FedLoRAError, TrainingError, WireError
 from fedlora.pki import node_id
+from fedlora.privacy.accounting import Event
 from fedlora.privacy.secagg import messages
 from fedlora.privacy.secagg.client import Client
 from fedlora.privacy.secagg.consent import Consent
@@ -27,6 +28,7 @@ from fedlora.privacy.secagg.context import Context
 from fedlora.privacy.secagg.packing import Packing
 from fedlora.privacy.secagg.refusal import Refused
 from fedlora.privacy.secagg.update import basis_of, packing, sketched, sum_shapes, vector
+from fedlora.privacy.secagg.whole import coding, event_of, own_noise, whole_vector
 from fedlora.state import Answer, Ask, Header, Secure, TrainPlan, part
 
 __all__ = ["RoundOver", "answered"]
@@ -85,9 +87,11 @@ def answered(
     memory: Memory | None,
     trusted: Collection[str] | None,
     train: Callable[[], Answer],
+    charge: Callable[[Event], None] | None = None,
 ) -> Answer:
     """The client's message of one stage. `train()` is called once a round, and again only for another plan.
 
+    Where its own noise protects it as a whole client, `charge` writes the cost of the sum down before it trains.
     `trusted` are the ids that may be in a sum with this client; None: whoever the server says.
     Raises: RoundOver; Refused where the protocol's rules forbid it; TrainingError without a key, a memory folder or a
     session; WireError for a message that is none.
@@ -104,7 +108,7 @@ def answered(
         before = None
     if ask.secure.stage == "advertise":
         _SESSIONS.pop(who, None)
-        _SESSIONS[who] = _begun(header, ask, base, key, memory, trusted, train, before)
+        _SESSIONS[who] = _begun(header, ask, base, key, memory, trusted, train, charge, before)
         return Answer(message=_SESSIONS[who].client.advertise().to_bytes())
     if before is None:
         raise TrainingError(f"{header.client}: no secure sum of round {header.round} is open here; was it restarted?")
@@ -113,7 +117,7 @@ def answered(
     if stage == "share" and isinstance(told, messages.Advertisements):
         return Answer(message=client.share(told).to_bytes())
     if stage == "mask" and isinstance(told, messages.Deliveries):
-        return Answer(message=client.mask(told, _vector(before)).to_bytes())
+        return Answer(message=client.mask(told, _vector(before), _noise(before)).to_bytes())
     if stage == "confirm" and isinstance(told, messages.Survivors):
         return Answer(message=client.confirm(told).to_bytes())
     if stage == "unmask" and isinstance(told, messages.UnmaskRequest):
@@ -132,6 +136,7 @@ def _begun(
     memory: Memory,
     trusted: Collection[str] | None,
     train: Callable[[], Answer],
+    charge: Callable[[Event], None] | None,
     before: _Session | None,
 ) -> _Session:
     assert ask.secure is not None
@@ -154,6 +159,13 @@ def _begun(
     record = kept.load()
     if record.round == context.round and context.part <= record.answered:
         raise RoundOver(f"round {context.round} was opened with this client's help; go on to the next")
+    if charge is not None:
+        if secure.whole is None or secure.columns:
+            raise Refused("noise", "this client is in sums only with noise of its own, and was asked for none")
+        event = event_of(secure.whole, context.least_survivors)
+        if context.fixed_point != coding(into.size, len(context.roster), secure.whole):
+            raise Refused("fixed-point", "this clip and noise call for another grid; on this one the charge is wrong")
+        charge(event)
     client = Client(context, key, kept)
     asked = hashlib.sha256(repr((plan, ask.task)).encode()).hexdigest()
     if held is None or held.asked != asked:
@@ -164,6 +176,8 @@ def _begun(
 def _vector(session: _Session) -> NDArray[np.float32]:
     """What this client adds to the sum."""
     answer, secure = session.update.answer, session.secure
+    if secure.whole is not None:
+        return whole_vector(answer.arrays, session.into, ratio=secure.ratio, whole=secure.whole)
     losses = [answer.metrics.get(name, 0.0) for name in ("loss_before", "loss_after")]
     before, after = (x if math.isfinite(x) else 0.0 for x in losses)
     arrays: Mapping[str, Array] = answer.arrays
@@ -178,3 +192,9 @@ def _vector(session: _Session) -> NDArray[np.float32]:
         bound=session.context.fixed_point.bound,
         losses=(before, after),
     )
+
+
+def _noise(session: _Session) -> NDArray[np.int32] | None:
+    """Its share of the noise, drawn anew for every sum; None where it adds none."""
+    whole = session.secure.whole
+    return None if whole is None else own_noise(session.into, whole, session.context.fixed_point.bits)

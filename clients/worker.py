@@ -8,6 +8,7 @@ else. The code that runs is what is installed here; an ask from a server that ru
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import logging
 import os
@@ -21,11 +22,12 @@ from types import FrameType
 from typing import Any
 
 from clients.answer import Client, refusal, respond
-from clients.framing import ANSWERED, REFUSED, receive, send
+from clients.framing import ANSWERED, REFUSED, receive_bytes, receive_length, send
 from clients.memory import Memory
 from clients.private import Budget, NotPrivate
 from clients.resident import encoded, resident_base
 from clients.sums import RoundOver
+from fedlora.code import code_digest
 from fedlora.config import RunConfig
 from fedlora.continual.tasks import JOINT, task_names
 from fedlora.data.rows import TokenRow
@@ -48,8 +50,9 @@ from fedlora.state import Ask, Header
 from fedlora.wire import decode_ask
 
 _log = logging.getLogger("fedlora.worker")
-_READING = 60.0  # seconds in which a relay must hand over its bytes
-_AT_ONCE = 4  # connections that are read at a time; further ones wait
+_GREETING = 5.0  # seconds in which a relay must say how long its ask is
+_READING = 60.0  # seconds in which it must hand the ask over, and take the answer
+_AT_ONCE = 4  # asks that are held at a time; further ones wait, and a connection that says nothing holds none
 MAX_BYTES = 2_000_000_000  # of an ask, where the node's settings do not say wire.max_bytes
 
 
@@ -118,7 +121,9 @@ class Worker:
             memory=self._node.memory,
             key=lambda: self._key,
             trusted=self._peers(),
-            budget=None if limits.epsilon is None else Budget(epsilon=limits.epsilon, delta=limits.delta),
+            budget=None
+            if limits.epsilon is None
+            else Budget(epsilon=limits.epsilon, delta=limits.delta, unit=limits.unit),
         )
 
     def _peers(self) -> frozenset[str] | None:
@@ -167,10 +172,12 @@ class _Handler(socketserver.BaseRequestHandler):
     server: _Server
 
     def handle(self) -> None:
-        with self.server.slots:
-            self.request.settimeout(_READING)
+        with contextlib.ExitStack() as held:
             try:
-                data = receive(self.request, max_bytes=self.server.worker.max_bytes + ASK_OVERHEAD)
+                most = self.server.worker.max_bytes + ASK_OVERHEAD
+                length = receive_length(self.request, max_bytes=most, seconds=_GREETING)
+                held.enter_context(self.server.slots)
+                data = receive_bytes(self.request, length, seconds=_READING)
                 status, said = ANSWERED, self.server.worker.answered(data)
             except (EnvelopeError, WireError) as error:
                 _log.warning("refused an ask: %s", error)
@@ -182,6 +189,7 @@ class _Handler(socketserver.BaseRequestHandler):
                 _log.exception("an ask failed")
                 status, said = REFUSED, f"the worker failed: {type(error).__name__}; see its log".encode()
             try:
+                self.request.settimeout(_READING)
                 send(self.request, said, status)
             except OSError as error:  # asked again, it gets what was remembered
                 _log.warning("the relay did not wait for the answer: %s", error)
@@ -217,7 +225,8 @@ def serve(node: NodeFile) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    _log.info("node %s listens at %s", worker.id[:12], where)
+    code = Path(__file__).resolve().parents[1]  # the server hears its digest alone
+    _log.info("node %s with code %s of %s listens at %s", worker.id[:12], code_digest()[:12], code, where)
     with server:
         server.serve_forever(poll_interval=0.2)
     where.unlink(missing_ok=True)

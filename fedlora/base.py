@@ -126,7 +126,7 @@ def load_base(config: ModelConfig) -> Base:
     with _reading(config, folder):
         print_ = fingerprint(folder)
     if config.fingerprint is not None and config.fingerprint != print_:
-        raise BaseMismatch(f"{config.name}: the run was opened with base {config.fingerprint}, this one is {print_}")
+        raise BaseMismatch(f"model: the run was opened with base {config.fingerprint}, this one is {print_}")
     with _reading(config, folder):
         model, fresh = _load_model(config, source, settings, dtype)
         tokenizer = _tokenizer(source, config.revision)

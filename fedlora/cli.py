@@ -9,11 +9,14 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
+from typer.core import TyperArgument, TyperCommand
+from typer.utils import get_params_from_function
 
 from fedlora import status_command, verify_command
 from fedlora.errors import ConfigError, FedLoRAError
@@ -30,7 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.add_typer(pki, name="pki")
+app.add_typer(pki, name="pki", short_help="Keys and certificates of a deployed federation.")
 console = Console(highlight=False)
 aside = Console(stderr=True, highlight=False)  # what is going on, beside what was asked for
 
@@ -40,6 +43,22 @@ Scenario = Annotated[
 ]
 Sets = Annotated[list[str] | None, typer.Option("--set", help="Any setting, e.g. --set training.learning_rate=1e-3")]
 Out = Annotated[Path | None, typer.Option(help="A new folder for the results; without it, the next under runs/.")]
+
+
+class _Command(TyperCommand):
+    """A command whose help is whole. Beside rich, typer 0.20 escapes brackets also where rich's markup is off; with
+    click 8.5 it drops the words about arguments."""
+
+    def format_help(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        told = get_params_from_function(self.callback) if self.callback is not None else {}
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument) and parameter.name in told:
+                parameter.help = told[parameter.name].default.help
+        super().format_help(ctx, formatter)
+        formatter.buffer = [part.replace("\\[", "[") for part in formatter.buffer]
+
+    def format_arguments(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Nothing: typer's `format_options` writes them, and click 8.5 would do so once more."""
 
 
 def main() -> None:
@@ -63,13 +82,16 @@ def simulate(
     task_type: Annotated[str | None, typer.Option(help="causal-lm or sequence-classification.")] = None,
     seed: Annotated[int | None, typer.Option(help="Everything random follows from it.")] = None,
     references: Annotated[
-        bool, typer.Option(help="Also train each client alone, and on all rows in one place.")
+        bool, typer.Option("--references", help="Also train each client alone, and on all rows in one place.")
     ] = False,
     out: Out = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with a run that was stopped.")] = None,
     sets: Sets = None,
 ) -> None:
-    """Fine-tune across simulated clients on this machine, and write a run folder with the adapter and a report."""
+    """Fine-tune across simulated clients on this machine.
+
+    It writes a run folder with the adapter and a report.
+    """
     from fedlora.config import differences, load_config
     from fedlora.display import Display
 
@@ -139,9 +161,10 @@ def compare(
         typer.Option("--set", help="Any setting, of all rows or of one: --set ffa-lora:training.learning_rate=1e-2"),
     ] = None,
 ) -> None:
-    """Run several methods on several seeds; print and save a table with the local-only and centralised rows.
+    """Compare methods over several seeds.
 
-    With --continual the rows are ways to learn tasks one after another, and the table says what each of them forgot.
+    It prints and saves a table, with the rows of clients alone and of all data in one place. With --continual the rows
+    are ways to learn tasks one after another, and the table says what each of them forgot.
     """
     from fedlora.config import METHOD_NAMES, load_config, with_method
     from fedlora.display import Display
@@ -191,12 +214,12 @@ def compare(
 def plan(
     scenario: Scenario = None,
     privacy: Annotated[
-        bool, typer.Option("--privacy", help="Epsilon, noise and bytes of training on private rows.")
+        bool, typer.Option("--privacy", help="Epsilon, noise, bytes and seconds of training in private.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="A picture of epsilon against rounds, an SVG file.")] = None,
     sets: Sets = None,
 ) -> None:
-    """Say what a run would promise and cost before it is run; nothing is trained."""
+    """Say what a run would promise and cost; nothing is trained."""
     from fedlora.config import load_config
 
     if not privacy:
@@ -204,9 +227,11 @@ def plan(
     config = load_config(_shipped(scenario), sets or [])
     from fedlora.base import load_base
     from fedlora.plan_command import show
+    from simulations.step_time import step_seconds
 
     _loading(config)
-    show(config, load_base(config.model).layout, console, out)
+    base = load_base(config.model)
+    show(config, base.layout, console, out, step=step_seconds(config, base))
 
 
 @app.command()
@@ -219,9 +244,10 @@ def audit(
         bool, typer.Option("--inversion", help="Instead: read training text out of one update, to see why.")
     ] = False,
 ) -> None:
-    """Attack our own privacy with canaries, and hold what an attacker learnt beside what is claimed.
+    """Attack our own privacy with canaries.
 
-    Exit status 2 if something is flagged: an attack learnt more than the claim allows, or a ledger lacks a charge.
+    What an attacker learnt is held beside what is claimed. Exit status 2 if something is flagged: an
+    attack learnt more than the claim allows, or a ledger lacks a charge.
     """
     from fedlora.audit_command import record, show, show_inversion, write
 
@@ -266,14 +292,18 @@ def evaluate(
     model: Annotated[str | None, typer.Option(help="The base, if not the run's.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows to score on, if not the run's test rows.")] = None,
     personal: Annotated[
-        bool, typer.Option(help="Each client's held-out rows: the global adapter, its own on top, and half of it.")
+        bool,
+        typer.Option("--personal", help="Each client's held-out rows: the global adapter, its own on top, half of it."),
     ] = False,
     without: Annotated[
         str | None, typer.Option(help="With tasks: score all of them also without this one's adapter.")
     ] = None,
     sets: Sets = None,
 ) -> None:
-    """Score the base and the tuned model on the same rows, group by group, or task by task."""
+    """Score the base and the tuned model on the same rows.
+
+    Group by group, or task by task.
+    """
     from fedlora.data import test_rows
 
     config, adapter = _tuned(run, model, sets)
@@ -403,10 +433,13 @@ def generate(
             "(if nothing is said, and it can be found); `mix`, the two likeliest, each as much as it is likely."
         ),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 48,
+    max_new_tokens: Annotated[int, typer.Option(help="Where an answer is cut off.", min=1)] = 48,
     sets: Sets = None,
 ) -> None:
-    """Answer prompts with the base and with the tuned model, side by side (greedy)."""
+    """Answer prompts with the base and with the tuned model.
+
+    Side by side; each token is the likeliest one.
+    """
     config, adapter = _tuned(run, model, sets)
     if config.tasks:
         _by_task(config, run, prompts or [], task, max_new_tokens)
@@ -440,7 +473,10 @@ def compose(
     out: Out = None,
     sets: Sets = None,
 ) -> None:
-    """Combine trained adapters of one base into one, and write it as a PEFT folder."""
+    """Combine trained adapters of one base into one.
+
+    It is written as a PEFT folder.
+    """
     from fedlora.composing import compose_folders
     from fedlora.composition import Recipe
 
@@ -561,9 +597,10 @@ def _tuned(run: Path, model: str | None, sets: Sequence[str] | None) -> tuple[An
 def server(
     config: Annotated[Path, typer.Option("--config", help="The server's deploy.toml; see docs/DEPLOYMENT.md.")],
 ) -> None:
-    """Serve real nodes over TLS: start Flower, conduct the run, end when its adapter is there.
+    """Serve real nodes over TLS, and conduct the run.
 
-    Exit status 0 when the run is done, 3 when it paused and can be gone on with, 1 for everything else.
+    It starts Flower, tells every closed round, and ends when the adapter is there. Exit status 0 when the run is done,
+    3 when it paused and can be gone on with, 1 for everything else.
     """
     from fedlora.deploy import read_deploy
     from server.serve import serve
@@ -579,7 +616,10 @@ def node(
     config: Annotated[Path, typer.Option("--config", help="The node's node.toml; see docs/DEPLOYMENT.md.")],
     part: Annotated[str, typer.Option(help="both, worker or relay: the halves may run under two users.")] = "both",
 ) -> None:
-    """Be a node: hold the data and the base, train what the operator signed, until stopped."""
+    """Be a node: train what the operator signed.
+
+    It holds the data and the base, and runs until it is stopped.
+    """
     from clients.node import PARTS, serve
     from fedlora.deploy import read_node
 
@@ -688,8 +728,10 @@ def _print_stream(result: Any) -> None:
 
 
 app.command()(status_command.status)
-app.command()(verify_command.verify)
-app.command()(verify_command.sign)
+app.command(short_help="Check a release: signature, files, adapter, base, history.")(verify_command.verify)
+app.command(short_help="Sign the manifest of a release.")(verify_command.sign)
+for _registered in (*app.registered_commands, *pki.registered_commands):
+    _registered.cls = _Command
 
 if __name__ == "__main__":
     main()

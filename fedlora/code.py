@@ -39,10 +39,12 @@ def require_one_checkout(module_file: str) -> None:
 
 
 def require_same_code(asked_by: str) -> None:
-    """Refuse an Ask whose sender runs other code. Raises: CodeMismatch naming both digests."""
+    """Refuse an Ask whose sender runs other code.
+
+    Raises: CodeMismatch naming both digests and no path, since the sender is told.
+    """
     if asked_by != code_digest():
         raise CodeMismatch(
-            f"the server runs fedlora code {asked_by[:12]} and this client runs {code_digest()[:12]} from "
-            f"{Path(__file__).resolve().parents[1]}: install the same version on both sides, and start the processes "
-            "from a folder outside every checkout"
+            f"the server runs fedlora code {asked_by[:12]} and this client runs {code_digest()[:12]}: install the same "
+            "version on both sides, and start the processes from a folder outside every checkout"
         )

@@ -353,20 +353,31 @@ class SecureConfig(_Section):
 
 
 class PrivacyConfig(_Section):
-    """Differential privacy of single training rows, by each client before anything leaves it; see docs/PRIVACY.md."""
+    """Differential privacy of single rows, by their clients, or of whole clients; see docs/PRIVACY.md."""
 
-    level: Literal["none", "example", "client"] = Field("none", description="what is protected; client: not yet")
+    level: Literal["none", "example", "client"] = Field(
+        "none", description="what is protected: single training rows, or whole clients with all that they have"
+    )
     clip: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="L2 norm that one row's gradient is clipped to, over all that is trained"
+        1.0,
+        description="L2 norm, over all that is trained, that one row's gradient is clipped to, or at client level one "
+        "client's whole update",
     )
     noise_multiplier: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="standard deviation of a step's noise over the clip; this or epsilon"
+        None,
+        description="standard deviation of the noise of a step, or of a round's sum, over the clip; this or epsilon",
     )
     epsilon: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="what the whole run may spend at each client; the noise follows from it"
+        None, description="what the whole run may spend at, or of, each client; the noise follows from it"
     )
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(
-        1e-5, description="at which epsilon is counted; well below one over a client's rows"
+        1e-5, description="at which epsilon is counted; well below one over a client's rows, or over the clients"
+    )
+    noise: Literal["server", "clients"] = Field(
+        "server", description="client level: who adds it; clients: each its share, inside a secure sum"
+    )
+    quantile: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="client level: the clip follows this quantile of the clients' norms; None: it stays"
     )
     scheme: Literal["poisson", "fixed-size"] = Field(
         "poisson", description="how a step draws rows; epsilon can be counted for poisson only"

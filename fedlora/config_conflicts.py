@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from fedlora.config_privacy import privacy_conflicts
 from fedlora.config_secure import secure_conflicts
 from fedlora.config_text import shown
 
@@ -78,9 +79,11 @@ _READ_BY: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
     "server.tau": ("server.optimizer", ("adam", "yogi")),
     "robust.attackers": ("robust.rule", ("krum", "multi-krum", "median", "trimmed-mean")),
     **{
-        f"privacy.{key}": ("privacy.level", ("example",))
-        for key in ("clip", "noise_multiplier", "epsilon", "delta", "scheme", "sampling", "rows")
+        f"privacy.{key}": ("privacy.level", ("example", "client"))
+        for key in ("clip", "noise_multiplier", "epsilon", "delta", "scheme")
     },
+    **{f"privacy.{key}": ("privacy.level", ("example",)) for key in ("sampling", "rows")},
+    **{f"privacy.{key}": ("privacy.level", ("client",)) for key in ("noise", "quantile")},
     "attack.share": ("attack.kind", _ATTACKS),
     "attack.strength": ("attack.kind", _ATTACKS),
 }  # settings of a kind of thing: the setting that names the kind, and the kinds that read them
@@ -137,7 +140,7 @@ def conflicts(config: RunConfig, values: Values) -> Iterator[Conflict]:
     yield from _ignored(config, values)
     yield from _method_conflicts(config)
     yield from _continual_conflicts(config, values)
-    yield from _privacy_conflicts(config)
+    yield from privacy_conflicts(config)
     yield from secure_conflicts(config)
     for key, methods in BELONGS_TO.items():
         value = getattr(config.method, key.removeprefix("method."))
@@ -254,91 +257,6 @@ def _method_conflicts(config: RunConfig) -> Iterator[Conflict]:
         yield (
             ("personal.steps", "method.name"),
             "fedsa-lora's clients have personal adapters already: leave it at 0, or use another method",
-        )
-
-
-def _privacy_conflicts(config: RunConfig) -> Iterator[Conflict]:
-    """What would let something of single rows out un-noised or uncounted, or make the count wrong."""
-    own, training, way = config.privacy, config.training, config.continual
-    if own.level == "none":
-        return
-    if own.level == "client":
-        yield (
-            ("privacy.level",),
-            "client level needs noise on the sum of clients and a count of who was drawn, which this version does not "
-            "have: use example, which protects every row at its client",
-        )
-        return
-    if (own.noise_multiplier is None) == (own.epsilon is None):
-        what = "neither" if own.epsilon is None else f"{own.noise_multiplier} and {own.epsilon:g}"
-        yield (
-            ("privacy.epsilon", "privacy.noise_multiplier"),
-            f"set exactly one of noise_multiplier and epsilon, got {what}",
-        )
-    step = training.batch_size * training.accumulation
-    if own.rows is None:
-        yield (
-            ("privacy.rows", "privacy.level"),
-            "how many rows a client is taken to have must be said, since nothing may be counted; got none. For the "
-            "embedded skills that is data.rows_per_client",
-        )
-    elif own.sampling is None and step > own.rows:
-        yield (
-            ("privacy.rows", "training.batch_size"),
-            f"a step of {step} rows is more than the {own.rows} of a client: lower training.batch_size, or set "
-            "privacy.sampling",
-        )
-    if own.scheme != "poisson":
-        yield (
-            ("privacy.scheme",),
-            f"epsilon is counted for Poisson sampling, when one row more or less changes nobody else's chance; with "
-            f"{own.scheme} samples it does, and the number would be wrong: use poisson",
-        )
-    if training.local_steps is None:
-        yield (
-            ("training.local_epochs", "privacy.level"),
-            "epochs have as many steps as a client's rows make, and both are private: set training.local_steps",
-        )
-    if training.optimizer_state == "keep":
-        yield (
-            ("training.optimizer_state", "privacy.level"),
-            "what a client keeps from round to round is not in the account of what was spent: use fresh",
-        )
-    if config.method.name == "fedsa-lora":
-        yield (
-            ("method.name", "privacy.level"),
-            "fedsa-lora's clients keep their B and head, and only they could score them, on private rows: use another "
-            "method, e.g. ffa-lora",
-        )
-    if config.personal.steps:
-        yield (
-            ("personal.steps", "privacy.level"),
-            "local adapters are trained without noise and scored on private rows: leave it at 0",
-        )
-    if config.data.holdout:
-        yield (
-            ("data.holdout", "privacy.level"),
-            "clients do not score under privacy, and which rows are held out depends on how many there are: one row "
-            f"more would change what all steps are trained on; got {config.data.holdout:g}, set it to 0",
-        )
-    if not config.tasks:
-        return
-    for key, given in (("routing", way.routing), ("effects", way.effects)):
-        if given:
-            yield (
-                (f"continual.{key}", "privacy.level"),
-                "clients would send sums over their rows without noise: set it to false",
-            )
-    without = {
-        "input-aware": "it is designed from sketches of the clients' inputs",
-        "ewc": "its Fisher information is a sum over rows",
-        "nearest-mean": "class means are sums over rows",
-        "replay": "which rows are drawn again depends on how many there are",
-    }
-    if way.method in without:
-        yield (
-            ("continual.method", "privacy.level"),
-            f"{way.method}: {without[way.method]}, without noise: use subspace, o-lora, incremental or sequential",
         )
 
 

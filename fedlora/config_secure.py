@@ -36,6 +36,18 @@ def secure_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]
             f"sketches are for {', '.join(SKETCHED)}, whose updates are products on bases of their own; {name} got "
             f"{own.columns}: leave it out",
         )
+    whole = config.privacy.level == "client"
+    if whole and sketched:
+        yield (
+            ("secure.columns", "privacy.level"),
+            "a sketch is two sums, which are two releases of one client: use a method that is one sum, e.g. ffa-lora",
+        )
+    for key in ("bound", "examples"):
+        if whole and getattr(own, key) != getattr(type(own)(), key):
+            yield (
+                (f"secure.{key}", "privacy.level"),
+                "has no effect where whole clients are private: all weigh the same, and privacy.clip is the bound",
+            )
     if sketched and config.method.warm_start:
         yield (
             ("method.warm_start", "secure.columns"),

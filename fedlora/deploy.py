@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Self, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fedlora.config_text import Scalar
+from fedlora.config import RunConfig, flat
+from fedlora.config_text import Scalar, settings_of, unknown
 from fedlora.errors import ConfigError
 from fedlora.shared_settings import OWN
 
@@ -48,7 +49,10 @@ class Limits(_File):
     local_epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over its rows in one round")
     measure: bool = Field(True, description="whether sums of inputs, features and gradients may be given")
     epsilon: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="what may be told of a single row, over all runs; with it only private training is answered"
+        None, description="what may be told of one unit, over all runs; with it only private training is answered"
+    )
+    unit: Literal["example", "client"] = Field(
+        "example", description="of epsilon: a single row, or this node as a whole, which then adds noise of its own"
     )
     delta: Annotated[float, Field(gt=0, lt=1)] = Field(1e-5, description="at which epsilon is counted")
 
@@ -113,10 +117,7 @@ class NodeFile(_File):
             raise ValueError(f"rank: {self.rank} is above limits.rank, {self.limits.rank}")
         for where, given in (("settings", self.settings), *((f"tasks, {t.name}", t.settings) for t in self.tasks)):
             if foreign := sorted(given.keys() - set(OWN)):
-                raise ValueError(
-                    f"{where}: {', '.join(foreign)}: the run sets this, or nothing of that name is known; a node may "
-                    f"set {', '.join(OWN)}"
-                )
+                raise ValueError(f"{where}: {'; '.join(map(_foreign, foreign))}. A node may set {', '.join(OWN)}")
         if len({t.name for t in self.tasks}) < len(self.tasks):
             raise ValueError("tasks: the same name twice")
         return self
@@ -170,8 +171,19 @@ def _read(path: Path, kind: type[_AnyFile]) -> _AnyFile:
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        keys = [leaf.key for leaf in settings_of(kind)]
+        keys += sorted({key.split(".")[0] for key in keys})
+        lines = []
+        for one in error.errors():
+            key = ".".join(map(str, one["loc"])) or "file"
+            misspelt = one["type"] == "extra_forbidden"
+            lines.append(f"  {unknown(key, keys)}" if misspelt else f"  {key}: {one['msg']}")
         raise ConfigError(f"{path}:\n" + "\n".join(lines)) from None
+
+
+def _foreign(key: str) -> str:
+    """Why a node may not set this."""
+    return f"{key}: the run sets this" if key in flat(RunConfig()) else unknown(key, OWN)
 
 
 def _flat(table: dict[str, Any], above: str = "") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from rich.progress import (
 from fedlora.config import RunConfig
 from fedlora.continual.tasks import JOINT, legs, rounds_in_all
 
-__all__ = ["Display", "megabytes"]
+__all__ = ["Display", "counted", "megabytes"]
 
 
 class Display:
@@ -58,7 +59,7 @@ class Display:
             self._say(f"-- {event['method']}, seed {event['seed']}")
         elif kind == "start":
             self._say(
-                f"{event['clients']} clients, {event['rounds']} rounds"
+                f"{counted(event['clients'], 'client')}, {counted(event['rounds'], 'round')}"
                 + (f", {len(self._legs)} tasks" if len(self._legs) > 1 else "")
                 + (f", {event['done']} done before" if event["done"] else "")
             )
@@ -102,17 +103,16 @@ class Display:
         width = max((len(self._trained(number)) for number in range(1, self._rounds + 1)), default=0)
         parts = [f"round {summary['round']:>3}/{self._rounds}"]
         parts += [trained.ljust(width)] if trained else []
-        parts += [f"{len({client['id'] for client in summary['clients']})} clients"]
+        if "clients" in summary:
+            parts += [counted(len({client["id"] for client in summary["clients"]}), "client")]
         measured = summary.get("evaluation", {})
         final = measured.get("server", measured)
         parts += [f"score {final['score']:.1%}"] if "score" in final else []
         parts += [f"loss {final['loss']:.3f}"] if "loss" in final else []
         parts += [f"epsilon {summary['privacy']['epsilon']:.2f}"] if "privacy" in summary else []
-        parts += [
-            f"up {megabytes(summary['bytes_up'])}",
-            f"down {megabytes(summary['bytes_down'])}",
-            f"{summary['seconds']:.1f} s",
-        ]
+        if "bytes_up" in summary:
+            parts += [f"up {megabytes(summary['bytes_up'])}", f"down {megabytes(summary['bytes_down'])}"]
+        parts += [f"{summary['seconds']:.1f} s"]
         return "  ".join(parts)
 
     def _sealed_line(self, summary: Mapping[str, Any]) -> str:
@@ -131,6 +131,11 @@ class Display:
         self._bar.console.print(line, markup=False, soft_wrap=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, as `1 round` or `2 rounds`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def megabytes(count: float) -> str:
-    """Bytes as `1.2 MB`."""
-    return f"{count / 1e6:.1f} MB"
+    """Bytes as `1.2 MB`; nan is what a private run does not tell."""
+    return "not told" if math.isnan(count) else f"{count / 1e6:.1f} MB"

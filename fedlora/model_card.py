@@ -63,7 +63,7 @@ def _what(manifest: Manifest, config: RunConfig) -> list[str]:
     base = manifest.base
     kind = "A language model's" if config.model.task_type == "causal-lm" else "A classifier's"
     lines = [
-        f"# {_text(config.name)}",
+        f"# {_title(manifest, config)}",
         "",
         f"{kind} LoRA adapter, fine-tuned by federated learning with fedlora: each client trained on its own machine, "
         "its data stayed there, and a server combined the adapters.",
@@ -75,8 +75,16 @@ def _what(manifest: Manifest, config: RunConfig) -> list[str]:
     ]
     for where, ranks in sorted(manifest.ranks.items()):
         span = f"{ranks.smallest}" if ranks.smallest == ranks.largest else f"{ranks.smallest} to {ranks.largest}"
-        lines.append(f"| {_text(where)} | {ranks.modules} modules of rank {span} |")
+        modules = "1 module" if ranks.modules == 1 else f"{ranks.modules} modules"
+        lines.append(f"| {_text(where)} | {modules} of rank {span} |")
     return lines
+
+
+def _title(manifest: Manifest, config: RunConfig) -> str:
+    """The name that was given to the run; without one, what the adapter is."""
+    if config.name != RunConfig.model_fields["name"].default:
+        return _text(config.name)
+    return _text(f"LoRA adapter for {_base_name(manifest.base.name)}, federated ({manifest.method})")
 
 
 def _how(manifest: Manifest, config: RunConfig, events: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -91,15 +99,19 @@ def _how(manifest: Manifest, config: RunConfig, events: Sequence[Mapping[str, An
     if training.local_steps is not None:
         local = f"{training.local_steps} step{'s' if training.local_steps > 1 else ''}"
     else:
-        local = f"{training.local_epochs:g} passes over the client's rows"
-    lines.append(f"| a client in a round | {local}, {training.batch_size} rows a step |")
+        local = f"{training.local_epochs:g} pass{'es' if training.local_epochs != 1 else ''} over the client's rows"
+    rows = f"{training.batch_size} row{'s' if training.batch_size > 1 else ''}"
+    lines.append(f"| a client in a round | {local}, {rows} a step |")
     lines.append(f"| rounds | {len(manifest.rounds)} |")
     if manifest.rounds:
-        counts = [r.participants for r in manifest.rounds]
+        counts = [r.participants for r in manifest.rounds if r.participants is not None]
         refused = sum(n for r in manifest.rounds for n in r.refused.values())
-        few, many = min(counts), max(counts)
-        lines.append(f"| answers in a round | {few if few == many else f'{few} to {many}'} |")
-        lines.append(f"| answers refused | {refused} |")
+        few, many = min(counts, default=0), max(counts, default=0)
+        said = f"{few if few == many else f'{few} to {many}'}" if counts else "private"
+        lines.append(f"| answers in a round | {said} |")
+        lines.append(f"| answers refused | {refused if counts else 'private'} |")
+    if any("clients" not in e for e in rounds):
+        return lines
     up, down = (sum(e.get(key, 0) for e in rounds) for key in ("bytes_up", "bytes_down"))
     return [*lines, f"| sent by all clients | {up / 1e6:.1f} MB |", f"| sent to all clients | {down / 1e6:.1f} MB |"]
 

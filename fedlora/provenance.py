@@ -135,10 +135,10 @@ class Public:
 
 @dataclass(frozen=True, kw_only=True)
 class Round:
-    """One round: how many clients' answers it holds, the state after it, refusals by rule, and its link."""
+    """One round: how many clients' answers it holds (None: private), the state after it, refusals by rule, its link."""
 
     round: int
-    participants: int
+    participants: int | None
     state: str
     refused: Mapping[str, int]
     chain: str = ""
@@ -327,7 +327,7 @@ def rounds_of(events: Sequence[Mapping[str, Any]]) -> list[Round]:
         found.append(
             Round(
                 round=number,
-                participants=len({client["id"] for client in event.get("clients", ())}),
+                participants=len({c["id"] for c in event["clients"]}) if "clients" in event else None,
                 state=event["state"],
                 refused=dict(Counter(rules)),
             )

@@ -15,6 +15,7 @@ from fedlora.config import RunConfig, flat, load_config
 from fedlora.config_text import Scalar
 from fedlora.errors import ConfigError
 from fedlora.privacy.budget import run_epsilon, step_sampling
+from fedlora.privacy.clients import promised
 
 __all__ = ["OWN", "SHARED", "merged", "shared_settings"]
 
@@ -72,6 +73,8 @@ def shared_settings(config: RunConfig) -> str:
         spend := run_epsilon(config)
     ) is not None:  # which follow from rounds and batches, of which a node does not hear
         told |= {"privacy.sampling": step_sampling(config), "privacy.epsilon": spend, "privacy.noise_multiplier": ""}
+    if (whole := promised(config)) is not None:
+        told |= {"privacy.epsilon": whole, "privacy.noise_multiplier": ""}
     told["tasks"] = [{k: v for k, v in task.items() if k == "name" or k in SHARED} for task in config.tasks]
     return json.dumps(told, sort_keys=True, separators=(",", ":"))
 

@@ -31,7 +31,7 @@ _COLOURS: Final = {
 }
 _VERBS: Final = {"train": "trained", "measure": "measured", "evaluate": "evaluated"}
 _PERIOD: Final = 1.0  # seconds between two looks
-_LINES: Final = 22  # of a page without its nodes
+_LINES: Final = 23  # of a page without its nodes
 _FEWEST: Final = 8  # nodes that are listed on any terminal
 
 
@@ -39,9 +39,10 @@ def status(
     run: Annotated[Path, typer.Argument(metavar="DEPLOY.TOML|RUN_FOLDER", help="A server's deploy.toml, or a folder.")],
     watch: Annotated[bool, typer.Option("--watch", help="Draw it again every second, until Ctrl-C.")] = False,
 ) -> None:
-    """Tell how a run goes: rounds, nodes, refusals, bytes, the server's certificate.
+    """Tell how a run goes.
 
-    Exit status 0 while it runs and when it is done, 3 when it paused or nobody serves it, 1 when it failed.
+    Its rounds, nodes, refusals, bytes, and the server's certificate. Exit status 0 while it runs and when it is
+    done, 3 when it paused or nobody serves it, 1 when it failed.
     """
     from fedlora.watching import watcher
 
@@ -96,8 +97,9 @@ def _facts(found: Status) -> list[tuple[str, str, str]]:
         rows.append(("a round", f"{span(found.last_seconds)} the last, {span(found.mean_seconds)} on average", ""))
         last = f"{megabytes(found.last_bytes_up)} and {megabytes(found.last_bytes_down)} in the last round"
         rows.append(("sent", f"{megabytes(found.bytes_up)} up, {megabytes(found.bytes_down)} down; {last}", ""))
-    refused = ", ".join(f"{rule} {count}" for rule, count in found.refusals.items())
-    rows.append(("refused", refused or "nothing", "yellow" if refused else ""))
+    for what, rules in (("missing", found.missing), ("refused", found.refusals)):
+        said = ", ".join(f"{rule} {count}" for rule, count in rules.items())
+        rows.append((what, said or "nothing", "yellow" if said else ""))
     rows.append(("privacy", found.privacy, ""))
     if found.certificate_days is not None:
         rows.append(("certificate", *_certificate(found.certificate_days)))
@@ -115,13 +117,15 @@ def _open(one: OpenRound) -> str:
 
 
 def _certificate(days: float) -> tuple[str, str]:
+    from fedlora.display import counted
     from fedlora.pki import WARNING
 
+    span = counted(round(abs(days)), "day")
     if days < 0.0:
-        return f"ended {-days:.0f} days ago: renew it with `fedlora pki renew`", "red"
+        return f"ended {span} ago: renew it with `fedlora pki renew`", "red"
     if days < WARNING.days:
-        return f"{days:.0f} days left: renew it with `fedlora pki renew`", "yellow"
-    return f"{days:.0f} days left", ""
+        return f"{span} left: renew it with `fedlora pki renew`", "yellow"
+    return f"{span} left", ""
 
 
 def _programs(found: Status) -> tuple[str, str]:
@@ -146,7 +150,8 @@ def _nodes(found: Status, most: int) -> list[RenderableType]:
         state, style = _state(node, found)
         table.add_row(node.name, last, *([f"{node.strikes or 0}"] if told else []), state, style=style)
     left = len(there) - most
-    return [table, Text(f"and {left} more nodes", style="dim")] if left > 0 else [table]
+    more = "node" if left == 1 else "nodes"
+    return [table, Text(f"and {left} more {more}", style="dim")] if left > 0 else [table]
 
 
 def _state(node: NodeStatus, found: Status) -> tuple[str, str]:

@@ -17,6 +17,7 @@ REPORTED: Final = "reported by a node"
 RULES: Final = frozenset(
     (
         *("deadline", "not asked", "not sent", "node unavailable", "client failed", "malformed", "second answer"),
+        "answer lost",
         *("hello", "revoked", "other node", "other base", "other layout", "other code", "rank", "same id twice"),
         *("not signed", "signature", "stale", "not the answer asked for"),
         *("size", "not finite", "absurd value", "norm", "example count", "measures", "secure sum"),

@@ -30,6 +30,7 @@ __all__ = [
     "CONDUCTOR",
     "ENDED",
     "JOURNAL",
+    "MISSING",
     "PROGRAMS",
     "STATES",
     "NodeStatus",
@@ -48,6 +49,9 @@ ENDED: Final = "outcome.json"  # in the state folder of a deployment
 CONDUCTOR: Final = "conductor.pid"
 PROGRAMS: Final = "programs.json"
 JOURNAL: Final = "run.jsonl"  # in its folder `logs`
+MISSING: Final = frozenset(
+    ("deadline", "not asked", "not sent", "node unavailable", "client failed", "answer lost")
+)  # rules by which nothing came of a node, so that nothing was refused
 State = Literal["not started", "starting", "waiting", "running", "stopped", "paused", "done", "failed"]
 STATES: Final[tuple[State, ...]] = get_args(State)
 _STATUS: Final[Mapping[State, int]] = {"failed": 1, "paused": 3, "stopped": 3, "not started": 3}
@@ -87,8 +91,9 @@ class OpenRound:
 class Status:
     """How a run goes. `round` is the last that closed; bytes and seconds are of closed rounds.
 
-    `answers` are those accepted, where a journal tells; `certificate_days` are left to the server's certificate or the
-    CA's, whichever ends first. What a file does not tell is None, or nothing; `problems` are files that cannot be used.
+    `answers` are those accepted, where a journal tells; `missing` are those that did not come, and `refusals` those
+    that did and were not taken, by rule; `certificate_days` are left to the server's certificate or the CA's, whichever
+    ends first. What a file does not tell is None, or nothing; `problems` are files that cannot be used.
     """
 
     state: State
@@ -101,6 +106,7 @@ class Status:
     clients: int = 0  # that took part when the run was last opened
     nodes: tuple[NodeStatus, ...] = ()
     answers: int = 0
+    missing: Mapping[str, int] = field(default_factory=dict)
     refusals: Mapping[str, int] = field(default_factory=dict)
     bytes_up: int = 0
     bytes_down: int = 0
@@ -151,7 +157,10 @@ class Watcher:
         rounds = self._rounds.look()
         steps = self._steps.look() if self._steps else None
         tails: tuple[Tail[Any] | None, ...] = (self._rounds, self._steps)
-        self._problems += [f"{t.path}: {t.damaged} lines cannot be read" for t in tails if t is not None and t.damaged]
+        for tail in tails:
+            if tail is not None and tail.damaged:
+                lines = "1 line" if tail.damaged == 1 else f"{tail.damaged} lines"
+                self._problems.append(f"{tail.path}: {lines} cannot be read")
         settings = self._settings()
         facts: dict[str, Any] = {
             "run": self._run(),
@@ -189,7 +198,8 @@ class Watcher:
         return Status(
             state=state,
             detail=_line(detail),
-            refusals=dict(sorted(refusals.items())),
+            missing={rule: count for rule, count in sorted(refusals.items()) if rule in MISSING},
+            refusals={rule: count for rule, count in sorted(refusals.items()) if rule not in MISSING},
             problems=tuple(self._problems),
             **facts,
         )

@@ -20,6 +20,8 @@ from typing import Any, Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from httpx import HTTPError
 
 from fedlora.config import RunConfig, load_config
 from fedlora.continual.tasks import client_list
@@ -33,6 +35,7 @@ from fedlora.watching import CONDUCTOR, ENDED, JOURNAL
 from server.app import open_run, own_evaluators, require_same_settings, run
 from server.channel import Signed
 from server.checkpoint import write_atomic
+from server.exchange import bound_pulls
 
 __all__ = [
     "CONDUCTOR",
@@ -45,6 +48,7 @@ __all__ = [
     "conduct",
     "read_outcome",
     "run_settings",
+    "write_outcome",
 ]
 
 VARIABLE: Final = "FEDLORA_DEPLOY"
@@ -69,7 +73,8 @@ app = ServerApp()
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a conductor ended: `done`, `paused` (mend something, then start again) or `failed`; `pid` is its process."""
+    """How a run ended: `done`, `paused` (mend something, then start again) or `failed`; `pid` is the process that says
+    so: the conductor, or the server that gave up."""
 
     state: str
     detail: str
@@ -87,6 +92,8 @@ def main(grid: Grid, context: Context) -> None:
         _end(deploy, "paused", str(error))
     except FedLoRAError as error:
         _end(deploy, "failed", str(error))
+    except (HTTPError, ObjectPushError):  # the SuperLink is gone or was restarted: the server submits the run again
+        raise
     except Exception:
         _end(deploy, "failed", traceback.format_exc())
         raise
@@ -110,6 +117,7 @@ def conduct(grid: Grid, deploy: DeployFile) -> Path:
         journal({"event": "conducting", "run": (deploy.folder / "run-id").read_text().strip()})
         channel = Signed(operator, lambda: trusted_keys(deploy), settings=shared_settings(config))
         one, several = own_evaluators(config)
+        bound_pulls(config.rounds.deadline)
         adapter = run(
             grid,
             config,
@@ -150,16 +158,21 @@ def trusted_keys(deploy: DeployFile) -> Mapping[str, Ed25519PublicKey]:
 
 
 def read_outcome(deploy: DeployFile) -> Outcome | None:
-    """How the last conductor ended, or None if none has since `fedlora server` started one."""
+    """How the run ended, or None if it has not since `fedlora server` was started."""
     try:
         return Outcome(**json.loads((deploy.state / ENDED).read_text()))
     except FileNotFoundError:
         return None
 
 
-def _end(deploy: DeployFile, state: str, detail: str) -> None:
+def write_outcome(deploy: DeployFile, state: str, detail: str) -> None:
+    """Note how the run ended, for the server and `fedlora status`. Raises: CheckpointError if it cannot be written."""
     outcome = {"state": state, "detail": detail, "pid": os.getpid()}
     write_atomic(deploy.state / ENDED, json.dumps(outcome).encode())
+
+
+def _end(deploy: DeployFile, state: str, detail: str) -> None:
+    write_outcome(deploy, state, detail)
     print(f"{state}: {detail}", flush=True)
 
 

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError, pull_objects
+from flwr.superlink.grid import http_grid
 
 from fedlora.errors import WireError
 from fedlora.npy import npy_bytes
 from server.admission import plain
 
 _LOST = {ErrorCode.NODE_UNAVAILABLE: "node unavailable", ErrorCode.MESSAGE_UNAVAILABLE: "answer lost"}
+_PUSHES = 3  # of one message
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 1.0  # seconds between polls when nothing has arrived
 
 
@@ -78,13 +83,12 @@ def exchange(
         if queue and len(out) < in_flight and left > 0:
             one = queue.popleft()
             data = one.payload()
-            message = Message(pack(data), dst_node_id=one.node, message_type=message_type, group_id=group, ttl=left)
-            ids = list(grid.push_messages([message]))
-            if ids and ids[0]:
-                out[ids[0]] = (one.client, len(data))
+            meta = {"dst_node_id": one.node, "message_type": message_type, "group_id": group, "ttl": left}
+            if number := _pushed(grid, data, meta):
+                out[number] = (one.client, len(data))
             else:
                 yield one.client, Failure("not sent", "Flower did not take the message; see its log"), 0
-            del data, message
+            del data
         began = time.monotonic()
         replies = list(grid.pull_messages(list(out))) if out else []
         end += time.monotonic() - began
@@ -107,6 +111,31 @@ def exchange(
         elif out and not (queue and len(out) < in_flight):
             time.sleep(min(pause, max(0.0, end - time.monotonic())))
             pause = min(1.5 * pause, _LONGEST_PAUSE)
+
+
+def bound_pulls(seconds: float) -> None:
+    """Have Flower give up an answer whose objects are not all there after so long; its own bound is two hours.
+
+    It fetches answers one after another, so one node that sends drop by drop would hold up all others for that time.
+    What was given up is `answer lost`. For this process, which is a conductor's own.
+    """
+    vars(http_grid)["pull_objects"] = partial(pull_objects, max_time=seconds)
+
+
+def _pushed(grid: Grid, data: bytes, meta: Mapping[str, Any]) -> str | None:
+    """The id under which Flower took the message, or None if it did not.
+
+    A SuperLink that is restarted between a message and its content has forgotten that it waits for it: then the message
+    is pushed anew, `_PUSHES` times in all. Raises: ObjectPushError after that.
+    """
+    for left in reversed(range(_PUSHES)):
+        try:
+            return next(iter(grid.push_messages([Message(pack(data), **meta)])), None) or None
+        except ObjectPushError:
+            if not left:
+                raise
+            time.sleep(_LONGEST_PAUSE)
+    raise AssertionError("unreachable: the loop returns or raises")
 
 
 def _content(reply: Message) -> bytes | Failure:

@@ -20,6 +20,7 @@ from fedlora.code import code_digest
 from fedlora.config import RunConfig
 from fedlora.errors import AdapterError, AnswerRejected, RoundFailed, WireError
 from fedlora.frame import from_json
+from fedlora.privacy.noise import Noise
 from fedlora.rng import stream
 from fedlora.state import Answer, Ask, Header, Layout, part
 from fedlora.wire import ModuleKind, encode_ask
@@ -306,3 +307,8 @@ def sample(members: tuple[Member, ...], config: RunConfig, round_: int) -> tuple
     if count >= len(members):
         return members
     return tuple(members[i] for i in sorted(generator.choice(len(members), count, replace=False)))
+
+
+def drawn(members: tuple[Member, ...], config: RunConfig) -> tuple[Member, ...]:
+    """The clients of one round, each with probability `rounds.fraction`, by draws that nobody can make again."""
+    return tuple(members[i] for i in Noise().chosen(len(members), config.rounds.fraction))

@@ -50,7 +50,8 @@ from server.exchange import Asked, Failure, exchange
 from server.holdings import OWNER, Holdings, Offer
 from server.private import OWNER as ACCOUNT
 from server.private import Account
-from server.roster import Refusal, Roster, sample
+from server.releases import Releases
+from server.roster import Refusal, Roster, drawn, sample
 from server.spool import Spool
 from strategies.base import Closed, Cohort, Member, Method, SumSession, head_start
 from strategies.configured import PUBLISHED
@@ -60,6 +61,9 @@ __all__ = ["SPOOL_MEMORY", "Conductor", "Evaluator", "Notify", "Tally", "evaluat
 
 Notify = Callable[[dict[str, Any]], None]
 _OVER = "RoundOver"  # what a client says that helped to open a sum of this round before
+_RELEASED = "released"  # folder in that of the checkpoints: a private state, until its round is saved
+_SHOWS = ("clients", "missing", "refused", "quarantined", "bytes_up", "bytes_down")  # in the log: who was drawn
+_KNOWN = ("id", "task", "rank", "bytes_down", "bytes_up")  # of a client: what is not computed from its rows
 STRIKES = "strikes"  # in GlobalState.memory
 SPOOL_MEMORY = 256 * 2**20  # bytes of answers that one round may hold in memory before it spills to disk
 
@@ -100,6 +104,7 @@ class Conductor:
         self._durable = durable
         self._strikes: dict[str, int] = {}  # client -> answers that were refused for what they are
         self._config = config
+        self._folder = folder
         self._checkpoints = folder / "checkpoints"
         self._spool = folder / "spool"
         self._key = key_from_environment()
@@ -112,6 +117,7 @@ class Conductor:
         self._rounds = rounds_in_all(config)
         self._holdings = Holdings()
         self._account: Account
+        self._releases: Releases
         self._log = RunLog(folder)
 
     def conduct(self) -> GlobalState:
@@ -120,8 +126,15 @@ class Conductor:
         Raises: RoundFailed when a round stays below quorum after its retries (the last state is on disk, and the run
         can be resumed); CheckpointError when the folder cannot be written or read.
         """
-        started = time.monotonic()
         resumed = checkpoint.latest(self._checkpoints, key=self._key)
+        self._releases = Releases(self._config, self._folder, self._run, begun=resumed is not None)
+        try:
+            return self._conducted(resumed)
+        finally:
+            self._releases.close()
+
+    def _conducted(self, resumed: tuple[int, GlobalState] | None) -> GlobalState:
+        started = time.monotonic()
         self._forget_answers(keep=f"{resumed[0] + 1 if resumed else 1:06d}-*" if self._durable else None)
         if resumed is not None and resumed[0] >= self._rounds and not self._personal_left():
             return resumed[1]
@@ -162,6 +175,8 @@ class Conductor:
         self._log.append(self._start_event(roster, done, tally.refused))
         clients, strikes = len(roster.clients), dict(self._strikes)
         self._notify({"event": "start", "clients": clients, "rounds": self._rounds, "done": done, "strikes": strikes})
+        if warning := self._releases.warning():
+            self._notify({"event": "note", "text": warning})
         if self._tasks_evaluator is not None and done == 0:
             untrained = _by_task(self._tasks_evaluator.scores(state, task_names(self._config)))
             self._log.append({"event": "untrained", "tasks": untrained})
@@ -183,14 +198,20 @@ class Conductor:
         there = tuple(m for m in roster.members() if m.id not in tally.quarantined)
         if not there:
             raise self._paused(number, f"round {number}: every client is in quarantine.")
-        members = sample(there, self._config, number)
+        members = drawn(there, self._config) if self._releases.hidden else sample(there, self._config, number)
         self._notify({"event": "round", "round": number, "clients": len(members)})
         event: dict[str, Any] = {"event": "round", "round": number, "clients": []}
         facts: Mapping[str, Mapping[str, float]] = {}
-        if members or self._legs:  # an empty Poisson sample leaves the state as it is, but a task may end in it
-            closed, event["clients"] = self._train(number, state, members, roster, tally)
+        if (released := self._released(number)) is not None:
+            state = released
+        elif members or self._legs or self._releases.private:  # else an empty Poisson sample leaves the state as it is
+            self._releases.charge(number)
+            closed, event["clients"] = self._train(number, state, members, there, roster, tally)
             self._refuse(tally, (Refusal(r.client, r.rule, r.detail) for r in closed.refused), strike=True)
             state = closed.state
+            if self._releases.private:
+                checkpoint.save(self._checkpoints / _RELEASED, number, state, key=self._key)
+                self._releases.seal(state_digest(state))
             event["aggregate"] = {k: v for k, v in closed.report.items() if math.isfinite(v)}
             facts = closed.clients
         every, last = self._config.evaluation.every, number == self._rounds
@@ -217,9 +238,13 @@ class Conductor:
             "refused": [vars(r) for r in sorted(tally.refused, key=lambda r: r.client)],
             "missing": sorted(tally.missing),
             **({"quarantined": sorted(tally.quarantined)} if tally.quarantined else {}),
-            **({"privacy": self._account.told()} if self._account.private else {}),
+            **({"privacy": told} if (told := self._account.told() or self._releases.told()) else {}),
             "seconds": time.monotonic() - began,
         }
+        if self._releases.hidden:
+            event = {k: v for k, v in event.items() if k not in _SHOWS}
+        elif self._releases.private:
+            event["clients"] = [{k: v for k, v in c.items() if k in _KNOWN} for c in event["clients"]]
         strikes = {c: np.array([n], np.float64) for c, n in sorted(self._strikes.items())}
         memory = {k: x for k, x in state.memory.items() if k != STRIKES}
         memory |= {OWNER: self._holdings.memory()} | ({STRIKES: strikes} if strikes else {})
@@ -231,8 +256,21 @@ class Conductor:
         self._notify({"event": "closed", "round": number, "summary": event})
         return state
 
+    def _released(self, number: int) -> GlobalState | None:
+        """The state that this round had let out before a crash, which is not made twice."""
+        found = checkpoint.latest(self._checkpoints / _RELEASED, key=self._key) if self._releases.private else None
+        if found is None or found[0] != number or not self._releases.out(number, state_digest(found[1])):
+            return None
+        return found[1]
+
     def _train(
-        self, number: int, state: GlobalState, members: tuple[Member, ...], roster: Roster, tally: Tally
+        self,
+        number: int,
+        state: GlobalState,
+        members: tuple[Member, ...],
+        there: tuple[Member, ...],
+        roster: Roster,
+        tally: Tally,
     ) -> tuple[Closed, list[dict[str, Any]]]:
         """One round of the method, repeated from its start while it stays below quorum and retries are left."""
         rounds = self._config.rounds
@@ -244,6 +282,7 @@ class Conductor:
             training=local_training(self._config),
             seed=self._config.seed,
             progress=((number - 1) / self._rounds, number / self._rounds),
+            enrolled=there if self._releases.private else (),
         )
         for attempt in range(rounds.retries + 1):
             try:
@@ -294,7 +333,7 @@ class Conductor:
     @property
     def _unseen(self) -> bool:
         """Whether nothing of a single client may be seen: then clients do not score."""
-        return self._account.private or self._config.secure.on
+        return self._account.private or self._releases.private or self._config.secure.on
 
     def _numbered(self, cohort: Cohort) -> Cohort:
         """The cohort with a number for its secure sum that no earlier attempt had, also before a crash."""

@@ -1,5 +1,5 @@
 """`fedlora server`: Flower's SuperLink and executor, started closed and restart-proof; the nodes registered; the run
-submitted, watched, and submitted again after a crash, until its adapter is there.
+submitted, watched, and submitted again after a crash, until its adapter is there. Every closed round is told.
 
 Closed: TLS, node authentication, an executor with a shared secret. Restart-proof: the executor is a process of its own
 and the SuperLink keeps a database, so either may die; the conductor goes on from its newest checkpoint and from the
@@ -14,7 +14,8 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -39,9 +40,11 @@ from fedlora.processes import (
     program_path,
     secret_file,
 )
-from fedlora.watching import PROGRAMS, alive, programs_record
+from fedlora.tail import Tail
+from fedlora.watched_events import Steps
+from fedlora.watching import JOURNAL, MISSING, PROGRAMS, alive, programs_record
 from server.checkpoint import write_atomic
-from server.deployed import CONDUCTOR, ENDED, VARIABLE, Outcome, read_outcome, run_settings
+from server.deployed import CONDUCTOR, ENDED, VARIABLE, Outcome, read_outcome, run_settings, write_outcome
 from server.watch import endpoint
 
 __all__ = ["Serving", "serve"]
@@ -51,6 +54,51 @@ _START: Final = 300.0  # seconds in which the SuperLink must listen; a busy mach
 _LOOK: Final = 0.5  # seconds between looks
 _ASK_FLOWER: Final = 120.0  # seconds between asking Flower whether the run still runs
 _FLOWER: Final = 120.0  # seconds in which `flwr` must have answered
+_TOLD: Final[Mapping[str, tuple[str, ...]]] = {
+    "waiting": ("event", "online", "wanted"),
+    "start": ("event", "clients", "rounds", "done"),
+    "retry": ("event", "round"),
+}  # event of the journal -> what is told of it
+
+
+class _Told:
+    """What is told of a run, from its journal: for whom it waits, its start, and each round that is repeated or closed.
+
+    `new` are events for `Notify`; whoever tells them empties it.
+    """
+
+    def __init__(self) -> None:
+        self.new: list[dict[str, Any]] = []
+        self._steps = Steps()
+        self._rounds = 0
+        self._answered: set[str] = set()
+        self._before: Counter[str] = Counter()  # refusals when the last round closed
+
+    def take(self, event: Any) -> None:
+        """Keep one line. Raises: what `fedlora.tail` takes to say that it is none."""
+        self._steps.take(event)
+        kind = event["event"]
+        if kind in ("waiting", "start", "retry"):
+            self.new.append({key: event[key] for key in _TOLD[kind]})
+        if kind == "start":
+            self._rounds = int(event["rounds"])
+        elif kind in ("round", "retry"):
+            self._answered = set()
+        elif kind == "answer" and event["kind"] in ("train", "secure"):
+            self._answered.add(str(event["client"]))
+        elif kind == "closed":
+            self.new.append(self._closed(int(event["round"])))
+
+    def _closed(self, number: int) -> dict[str, Any]:
+        refused, self._before = self._steps.refusals - self._before, self._steps.refusals.copy()
+        told: dict[str, Any] = {"event": "closed", "round": f"{number}/{self._rounds}"}
+        told["clients"] = f"{len(self._answered)}/{self._steps.asked}"
+        if self._steps.since is not None and self._steps.last is not None:
+            told["seconds"] = f"{(self._steps.last - self._steps.since).total_seconds():.1f}"
+        for what, rules in (("missing", refused.keys() & MISSING), ("refused", refused.keys() - MISSING)):
+            if rules:
+                told[what] = ", ".join(f"{rule} {refused[rule]}" for rule in sorted(rules))
+        return told
 
 
 class Serving:
@@ -68,6 +116,7 @@ class Serving:
         self._asked = 0.0
         self._resubmitted: list[float] = []
         self._noted: dict[str, int] = {}  # what programs.json says
+        self._journal = Tail(deploy.state / "logs" / JOURNAL, _Told)
 
     def check(self) -> None:
         """Refuse to start with wrong keys, certificates or settings. Raises: FedLoRAError naming what is wrong."""
@@ -98,6 +147,7 @@ class Serving:
             f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "{self._at}"\n'
             f"root-certificates = {json.dumps(str(keys / 'ca.pem'))}\n"
         )
+        self._journal.look().new.clear()  # of earlier days
         write_bundle(state / "bundle")
         (state / ENDED).unlink(missing_ok=True)
         (state / CONDUCTOR).unlink(missing_ok=True)
@@ -127,6 +177,7 @@ class Serving:
         self._programs.look()
         self._note_programs()
         outcome = read_outcome(self._deploy)
+        self._tell()
         if outcome is not None:
             return outcome
         lost = self._conductor_lost()
@@ -158,6 +209,17 @@ class Serving:
         status = self._status()
         return f"Flower says that it {status}" if status.startswith("finished") else ""
 
+    def gave_up(self, error: Exception) -> None:
+        """Note for `fedlora status` why nobody conducts the run any more, unless it had ended before."""
+        if read_outcome(self._deploy) is not None:
+            return
+        why = str(error) if isinstance(error, FedLoRAError) else f"{type(error).__name__}: {error}"
+        try:
+            said = f"the server gave up: {why.rstrip('.')}. Mend that and start it again to go on."
+            write_outcome(self._deploy, "failed", said)
+        except FedLoRAError as unwritten:
+            self._notify({"event": "unrecorded", "detail": str(unwritten)})
+
     def stop(self) -> None:
         """Stop Flower; the run can be gone on with."""
         self._programs.stop()
@@ -180,6 +242,13 @@ class Serving:
         )
         self._programs.start(program)
         self._note_programs()
+
+    def _tell(self) -> None:
+        """Tell what the journal has new."""
+        told = self._journal.look()
+        for event in told.new:
+            self._notify(event)
+        told.new.clear()
 
     def _note_programs(self) -> None:
         """`programs.json` in the state folder: what runs, for `fedlora status`; written when that changed."""
@@ -284,7 +353,8 @@ class Serving:
 def serve(deploy: DeployFile, path: Path, *, notify: Notify, each: Callable[[Serving], None] | None = None) -> Outcome:
     """Serve until the run has ended, or SIGTERM or SIGINT comes; `each` is called at every look.
 
-    Raises: FedLoRAError for what cannot be started or dies again and again. Everything that was started is stopped.
+    Raises: FedLoRAError for what cannot be started or dies again and again; `fedlora status` then says why. Everything
+    that was started is stopped.
     """
     serving = Serving(deploy, path, notify=notify)
     serving.check()
@@ -296,14 +366,18 @@ def serve(deploy: DeployFile, path: Path, *, notify: Notify, each: Callable[[Ser
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         with endpoint(deploy):
-            serving.start()
-            while not stopped:
-                outcome = serving.watch()
-                if outcome is not None:
-                    return outcome
-                if each is not None:
-                    each(serving)
-                time.sleep(_LOOK)
+            try:
+                serving.start()
+                while not stopped:
+                    outcome = serving.watch()
+                    if outcome is not None:
+                        return outcome
+                    if each is not None:
+                        each(serving)
+                    time.sleep(_LOOK)
+            except Exception as error:
+                serving.gave_up(error)
+                raise
         return Outcome(state="stopped", detail=f"signal {stopped[0]}; start it again to go on", pid=os.getpid())
     finally:
         serving.stop()

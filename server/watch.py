@@ -56,9 +56,11 @@ class StatusCollector(Collector):
             if value is not None:
                 yield GaugeMetricFamily(f"fedlora_{name}", words, value=value)
         yield CounterMetricFamily("fedlora_answers", "Answers of nodes that were accepted.", value=found.answers)
+        missing = CounterMetricFamily("fedlora_missing", "Answers that did not come, by rule.", labels=["rule"])
         refusals = CounterMetricFamily("fedlora_refusals", "Answers and nodes refused, by rule.", labels=["rule"])
-        for rule, count in found.refusals.items():
-            refusals.add_metric([rule], count)
+        for family, rules in ((missing, found.missing), (refusals, found.refusals)):
+            for rule, count in rules.items():
+                family.add_metric([rule], count)
         traffic = CounterMetricFamily(
             "fedlora_bytes", "Bytes of answers and asks, in closed rounds.", labels=["direction"]
         )
@@ -70,7 +72,7 @@ class StatusCollector(Collector):
         state = GaugeMetricFamily("fedlora_state", "1 for the state that the run is in.", labels=["state"])
         for name in STATES:
             state.add_metric([name], float(name == found.state))
-        yield from (refusals, traffic, up, state)
+        yield from (missing, refusals, traffic, up, state)
 
 
 @contextmanager

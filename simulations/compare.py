@@ -45,8 +45,8 @@ class _Column:
     own: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    up: list[int] = field(default_factory=list)
-    down: list[int] = field(default_factory=list)
+    up: list[float] = field(default_factory=list)
+    down: list[float] = field(default_factory=list)
 
 
 def compare(

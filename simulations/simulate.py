@@ -5,6 +5,7 @@ fedlora simulate simulations/scenarios/default.toml --seed 0
 
 from __future__ import annotations
 
+import math
 import resource
 import shutil
 import time
@@ -47,8 +48,8 @@ class Result:
     # the average accuracy after the last was sealed
     own: float | None  # of the clients' held-out rows, each client its own; None with tasks
     loss: float | None  # None with tasks
-    bytes_up: int
-    bytes_down: int
+    bytes_up: float  # nan where a private run does not tell, and so below
+    bytes_down: float
     seconds: float
     references: tuple[Reference, ...]
     next_command: str  # what a person may want to type next, after `fedlora`
@@ -116,8 +117,8 @@ def simulate(
         score=final.get("score"),
         own=last.get("score"),
         loss=final.get("loss"),
-        bytes_up=sum(e["bytes_up"] for e in rounds),
-        bytes_down=sum(e["bytes_down"] for e in rounds),
+        bytes_up=sum(e.get("bytes_up", math.nan) for e in rounds),
+        bytes_down=sum(e.get("bytes_down", math.nan) for e in rounds),
         seconds=sum(e["seconds"] for e in rounds),
         references=tuple(made),
         next_command=_next(config, folder, test) if stream is None else _next_of_tasks(config, folder, stream),

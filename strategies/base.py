@@ -84,6 +84,7 @@ class Cohort:
     seed: int
     progress: tuple[float, float]  # of the whole run, at the first and after the last local step of this round
     session: SumSession | None = None  # where secure sums are on
+    enrolled: tuple[Member, ...] = ()  # where whole clients are private: all from whom `members` were drawn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,7 @@
 """The method of a run with everything that its settings wrap around it.
 
-    inner method  <  secure sums, or a robust rule  <  server optimiser  <  publication in the codec of the way down
+    inner method  <  secure sums, noise on whole clients, or a robust rule  <  server optimiser
+                  <  publication in the codec of the way down
 
 Each wrapper is a Method again, under the inner one's name.
 """
@@ -12,8 +13,10 @@ from dataclasses import replace
 
 from fedlora.config import MethodConfig, RunConfig
 from fedlora.feedback import publish
+from fedlora.privacy.clients import ClientPrivacy
 from fedlora.state import Codec, GlobalState, Layout
 from strategies.base import Closed, Cohort, Member, Method, Round, get
+from strategies.private import private_clients
 from strategies.robust import guarded
 from strategies.secured import secured
 from strategies.server_optimizer import optimised
@@ -24,12 +27,17 @@ PUBLISHED = "published"  # owner of the error of publication in GlobalState.memo
 _STARTS = ("flora",)  # owners of pairs in the memory that a round starts from and takes off again
 
 
-def configured(config: RunConfig) -> Method:
-    """The method that the settings name, wrapped as they say. Raises: MethodError as `strategies.base.get`."""
+def configured(config: RunConfig, terms: ClientPrivacy | None = None) -> Method:
+    """The method that the settings name, wrapped as they say; `terms` are those of the whole run at client level.
+
+    Raises: MethodError as `strategies.base.get`.
+    """
     method = get(config.method.name)
     if config.secure.on:
         equal = {"examples": 1} if config.privacy.level != "none" else {}  # under privacy nobody counts rows
-        method = secured(method, config.secure.model_copy(update=equal))
+        method = secured(method, config.secure.model_copy(update=equal), terms)
+    elif terms is not None:
+        method = private_clients(method, terms)
     if config.robust.rule != "none":
         method = guarded(method, config.robust)
     if config.server.optimizer != "none":

@@ -11,23 +11,30 @@ down before they train (`demoted`), or their columns would be shown.
 of the products, a second one, over the same clients, its coordinates in it. With `secure.columns` at least the sum of
 the ranks that is the exact sum, at any ranks; with fewer, near its best approximation of that rank.
 
+Where whole clients are private (`fedlora.privacy.clients`) each weighs 1, its arrays are clipped to the public clip,
+and the sum is noised, by the server or by the clients before it, and divided by the clients that the run is planned
+for. A round with too few clients for a sum is a null release: the state stays as it is, and the round is paid for.
+
 Bonawitz et al., CCS 2017; sketches: Halko et al., 2011, and FedASK (2507.09990); FFA-LoRA under secure sums: Sun et
 al., ICLR 2024; nested ranks: docs/PRIVACY.md.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Mapping
 from dataclasses import replace
-from typing import Final
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from numpy.typing import NDArray
 
 from fedlora.adapter import Array
 from fedlora.config import SecureConfig
-from fedlora.config_secure import LEAST, LINEAR, NESTED, SKETCHED
+from fedlora.config_secure import LEAST, LINEAR, SKETCHED
 from fedlora.errors import AnswerRejected, MethodError, RoundFailed, WireError
+from fedlora.privacy.clients import ClientPrivacy
+from fedlora.privacy.noise import Noise
 from fedlora.privacy.secagg import messages, sketch
 from fedlora.privacy.secagg.context import Context, demoted, roster, usual_threshold
 from fedlora.privacy.secagg.fixed_point import FixedPoint
@@ -36,17 +43,23 @@ from fedlora.privacy.secagg.packing import Packing
 from fedlora.privacy.secagg.refusal import Refused
 from fedlora.privacy.secagg.server import Server
 from fedlora.privacy.secagg.update import Mean, basis_of, mean_of, packing, sum_shapes
+from fedlora.privacy.secagg.whole import coding, slack_of, whole_of
 from fedlora.rng import stream
 from fedlora.state import Answer, Ask, GlobalState, Secure, Stage, TrainPlan, keyed, part
-from strategies.base import Closed, Cohort, Method, Round, plan_of_largest
+from strategies.base import Closed, Cohort, Method, Round
+from strategies.one_answer import MEANINGLESS, closed_with, plan_in, ratio_of, reference_of, require_linear
+from strategies.private import clip_after, clip_now
 
 __all__ = ["secured"]
 
-_MEANINGLESS: Final = ("aggregation_error", "truncation_error")  # where there is one answer
 
+def secured(method: Method, settings: SecureConfig, terms: ClientPrivacy | None = None) -> Method:
+    """The same method, whose rounds are secure sums, with `terms` under client-level privacy.
 
-def secured(method: Method, settings: SecureConfig) -> Method:
-    """The same method, whose rounds are secure sums. Raises: MethodError for one that needs single updates."""
+    Raises: MethodError for one that needs single updates, or whose two sums would be two releases.
+    """
+    if terms is not None and settings.columns is not None:
+        raise MethodError(f"{method.name} by sketches: its two sums are two releases, and one is accounted for")
     if settings.columns is not None and method.name in SKETCHED:
         fold = _sketched
     elif method.name in LINEAR:
@@ -58,13 +71,20 @@ def secured(method: Method, settings: SecureConfig) -> Method:
         )
 
     def protocol(state: GlobalState, cohort: Cohort) -> Round:
-        session = _Sum(state, cohort, settings)
+        now = None if terms is None else clip_now(terms, state)
+        if now is not None and len(cohort.members) < max(LEAST, settings.least):
+            return Closed(state=state, report={"null": 1.0, "clip": now.clip})
+        session = _Sum(state, cohort, settings, now)
         try:
             closed, mean = yield from fold(method, state, cohort, session, settings)
         except _Lost as lost:
             why = AnswerRejected("server", "secure sum", str(lost))
             return Closed(state=state, report={"lost": 1.0}, refused=(*session.refused, why))
-        report = {k: v for k, v in closed.report.items() if k not in _MEANINGLESS}
+        if now is not None:
+            closed = clip_after(now, mean.clipped, None, closed)
+            report = {**closed.report, "summed": float(session.summed)}
+            return replace(closed, report=report, refused=tuple(session.refused))
+        report = {k: v for k, v in closed.report.items() if k not in MEANINGLESS}
         report |= {"loss_before": mean.loss_before, "loss_after": mean.loss_after, "clipped": mean.clipped}
         report |= {"summed": float(session.summed), "examples": float(mean.examples)}
         return replace(closed, report=report, refused=tuple(session.refused))
@@ -84,23 +104,14 @@ def _summed(method: Method, state: GlobalState, cohort: Cohort, session: _Sum, s
     members = tuple(replace(m, rank=ranks[m.id]) for m in cohort.members)
     inner = method.protocol(state, replace(cohort, members=members))
     asks = next(inner)
-    largest = plan_of_largest(asks)
-    _require_linear(method.name, asks)
-    reference = _plan(asks[largest])
+    require_linear(method.name, asks)
+    largest, reference = reference_of(asks)
+    secure = Secure(stage="advertise", rows=reference.rank, examples=settings.examples, whole=session.whole)
     first = {
-        client: replace(
-            ask,
-            secure=Secure(
-                stage="advertise",
-                rows=reference.rank,
-                ratio=_plan(ask).scale / reference.scale,
-                examples=settings.examples,
-            ),
-        )
-        for client, ask in asks.items()
+        client: replace(ask, secure=replace(secure, ratio=ratio_of(ask, reference))) for client, ask in asks.items()
     }
-    mean = yield from session.part(first, reference, {c: _plan(ask).rank for c, ask in asks.items()})
-    return _closed(method, inner, largest, Answer(examples=mean.examples, arrays=mean.arrays)), mean
+    mean = yield from session.part(first, reference, {c: plan_in(ask).rank for c, ask in asks.items()})
+    return closed_with(method.name, inner, largest, Answer(examples=mean.examples, arrays=mean.arrays)), mean
 
 
 def _sketched(method: Method, state: GlobalState, cohort: Cohort, session: _Sum, settings: SecureConfig) -> Folded:
@@ -110,8 +121,8 @@ def _sketched(method: Method, state: GlobalState, cohort: Cohort, session: _Sum,
     """
     inner = method.protocol(state, cohort)
     asks = next(inner)
-    largest = plan_of_largest(asks)
-    reference, columns = _plan(asks[largest]), settings.columns
+    largest, reference = reference_of(asks)
+    columns = settings.columns
     assert columns is not None
     seed = int(stream(cohort.seed, "omega", cohort.round).integers(2**53))
     secure = Secure(stage="advertise", examples=settings.examples, columns=columns, seed=seed)
@@ -127,35 +138,7 @@ def _sketched(method: Method, state: GlobalState, cohort: Cohort, session: _Sum,
         raise _Lost(str(error)) from error
     b = {n: q / np.float32(reference.scale) for n, q in ranges.items()}
     arrays = {**keyed("A", part(mean.arrays, "Z")), **keyed("B", b), **keyed("head", part(mean.arrays, "head"))}
-    return _closed(method, inner, largest, Answer(examples=mean.examples, arrays=arrays)), mean
-
-
-def _closed(method: Method, inner: Round, largest: str, answer: Answer) -> Closed:
-    """What the method makes of the one answer."""
-    try:
-        inner.send({largest: answer})
-    except StopIteration as end:
-        closed: Closed = end.value
-        return closed
-    raise MethodError(f"{method.name}: asks its clients twice a round, which a secure sum does not do")
-
-
-def _plan(ask: Ask) -> TrainPlan:
-    assert ask.plan is not None
-    return ask.plan
-
-
-def _require_linear(name: str, asks: Mapping[str, Ask]) -> None:
-    """Raises: MethodError where the method's fold of these asks would be no weighted sum."""
-    plans = [ask.plan for ask in asks.values() if ask.plan is not None]
-    if any(plan.a_from == "fresh" for plan in plans):
-        raise MethodError(f"{name}: clients would send factors on bases of their own, which add up to nothing")
-    ranks = sorted({plan.rank for plan in plans})
-    if name not in NESTED and len(ranks) > 1:
-        raise MethodError(
-            f"{name}: the sum of padded factors of ranks {ranks} is another mean than that of its answers; give all "
-            f"clients one rank, or use {', '.join(NESTED)}"
-        )
+    return closed_with(method.name, inner, largest, Answer(examples=mean.examples, arrays=arrays)), mean
 
 
 class _Lost(Exception):
@@ -168,8 +151,9 @@ class _Sum:
     `refused` is what clients sent that broke a rule; `left` are the stable ids in the last sum, `summed` their number.
     """
 
-    def __init__(self, state: GlobalState, cohort: Cohort, settings: SecureConfig) -> None:
-        self._state, self._cohort, self._settings = state, cohort, settings
+    def __init__(self, state: GlobalState, cohort: Cohort, settings: SecureConfig, terms: ClientPrivacy | None) -> None:
+        self._state, self._cohort, self._settings, self._terms = state, cohort, settings, terms
+        self.whole = None if terms is None else whole_of(terms)
         self._keys = {m.id: m.key for m in cohort.members}
         self.refused: list[AnswerRejected] = []
         self.left: tuple[str, ...] = tuple(sorted(self._keys))
@@ -224,9 +208,21 @@ class _Sum:
         try:
             total = server.finish()
             self.left = tuple(sorted(outside[i] for i in total.survivors))
+            if self._terms is not None:
+                return self._released(total.values, into, self._terms)
             return mean_of(total.values, into, clients=len(total.survivors), most=self._settings.examples)
         except (RoundFailed, Refused, AnswerRejected) as error:
             raise _Lost(str(error)) from error
+
+    def _released(self, total: NDArray[np.float64], into: Packing, terms: ClientPrivacy) -> Mean:
+        """The release out of the sum; `clipped` is the noised sum of the clients' indicators."""
+        arrays, scalars = into.unpack(total)
+        noise = Noise() if terms.by == "server" else None
+        released = terms.released(arrays, noise, slack_of(terms.clip))
+        within = scalars["clipped"]
+        if noise is not None and terms.adaptive is not None:
+            within += float(noise.normal((), terms.adaptive.count_noise))
+        return Mean(arrays=released, examples=1, loss_before=math.nan, loss_after=math.nan, clipped=within)
 
     def _context(
         self,
@@ -258,7 +254,7 @@ class _Sum:
                 layout=into.digest,
                 basis=basis_of(plan, secure, ranges),
                 server_key=own.public_key().public_bytes_raw(),
-                fixed_point=FixedPoint(size=into.size, clients=max(len(listed), 1), bound=self._settings.bound),
+                fixed_point=self._coding(into.size, max(len(listed), 1)),
                 threshold=usual_threshold(degree + 1),
                 degree=degree,
                 least_survivors=max(LEAST, least),
@@ -269,3 +265,8 @@ class _Sum:
             raise RoundFailed(
                 f"round {self._cohort.round}: a sum of these clients would hide nothing: {error}"
             ) from error
+
+    def _coding(self, size: int, clients: int) -> FixedPoint:
+        if self.whole is not None:
+            return coding(size, clients, self.whole)
+        return FixedPoint(size=size, clients=clients, bound=self._settings.bound)

@@ -45,6 +45,7 @@ from fedlora.continual.overlap import product_overlap, random_overlap, row_overl
 from fedlora.continual.router import added
 from fedlora.continual.tasks import JOINT, ONE_PAIR, Leg, legs
 from fedlora.errors import MethodError
+from fedlora.privacy.clients import client_privacy
 from fedlora.rng import public_normal, public_orthonormal, stream
 from fedlora.state import (
     Answer,
@@ -95,7 +96,7 @@ def streamed(config: RunConfig) -> Method:
     """The run's method over its tasks; without tasks the method itself. Raises: MethodError, ConfigError."""
     plan = legs(config)
     if not plan:
-        return configured(config)
+        return configured(config, client_privacy(config))
     one = _Stream(config, plan)
     return Method(
         name=config.method.name,
@@ -165,7 +166,8 @@ class _Stream:
 
     def __init__(self, config: RunConfig, plan: tuple[Leg, ...]) -> None:
         self._config, self._legs, self._way = config, plan, config.continual.method
-        self._inner = {leg.name: configured(leg.config) for leg in plan}
+        terms = client_privacy(config)
+        self._inner = {leg.name: configured(leg.config, terms) for leg in plan}
 
     def open(
         self, base: str, layout: Layout, members: Sequence[Member], settings: MethodConfig, seed: int
@@ -194,7 +196,7 @@ class _Stream:
             if leg.name not in state.tasks:
                 state = yield from self._open_task(state, leg, self._cohort_of(state, leg, cohort))
             told: dict[str, float] = {}
-            if self._way != "nearest-mean" and own.members:  # else nobody who has it was drawn this time
+            if self._way != "nearest-mean" and (own.members or own.enrolled):  # else nobody who has it was drawn
                 closed = yield from self._train(state, leg, own)
                 state, told = closed.state, closed.report
                 for client, values in closed.clients.items():
@@ -210,7 +212,8 @@ class _Stream:
         members = [m for m in cohort.members if leg.holds(m.id)]
         if not members and not drawn:
             members = [m for m in _members(state) if leg.holds(m.id)]
-        return replace(cohort, members=tuple(_bounded(m, leg.rank) for m in members))
+        enrolled = tuple(_bounded(m, leg.rank) for m in cohort.enrolled if leg.holds(m.id))
+        return replace(cohort, members=tuple(_bounded(m, leg.rank) for m in members), enrolled=enrolled)
 
     # -- a task begins
 

@@ -72,7 +72,12 @@ def test_a_word_without_a_slash_stays_a_name_at_a_hub(tmp_path: Path) -> None:
         (("fl.example.org:9092", "fl.example.org"), "HOST:PORT"),
         (("threads = 2", "learning_rate = 1.0"), "settings: training.learning_rate: the run sets this"),
         (('data.name = "./topics', 'rounds.count = 3\ndata.name = "./topics'), "tasks, topics: rounds.count"),
-        (("rank = 4", "rang = 4"), "rang: Extra inputs are not permitted"),
+        (("threads = 2", "thread = 2"), "settings: training.thread: no such setting; the nearest is training.threads"),
+        (('data.name = "./topics', 'data.nmae = "./topics'), "tasks, topics: data.nmae: .* the nearest is data.name"),
+        (("rank = 4", "rang = 4"), "\n  rang: no such setting; the nearest is rank$"),
+        (("[limits]", "[limit]"), "limit: no such setting; the nearest is limits$"),
+        (("local_steps = 100", "steps = 100"), "limits.steps: no such setting; the nearest is limits.local_steps$"),
+        (("rank = 4", "epsilon = 4"), "epsilon: no such setting; the nearest is limits.epsilon$"),
         (("[limits]", "[limits"), "not valid TOML"),
         (("[settings.model]", '[[tasks]]\nname = "topics"\n[settings.model]'), "the same name twice"),
     ],
@@ -100,5 +105,7 @@ def test_a_deploy_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         read_deploy(written(tmp_path, 'settings = "run.toml"\nport = 0'))
     assert [line.split(":")[0].strip() for line in str(error.value).splitlines()[1:]] == ["folder", "keys", "port"]
+    with pytest.raises(ConfigError, match="adress: no such setting; the nearest is address"):
+        read_deploy(written(tmp_path, 'settings = "run.toml"\nadress = "localhost"'))
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_deploy(tmp_path / "nowhere.toml")

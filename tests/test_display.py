@@ -73,6 +73,13 @@ def test_the_live_line_counts_the_rounds_of_all_tasks(count: int) -> None:
     assert "7/12" not in text  # a method that asks twice does not run ahead
 
 
+def test_one_is_not_called_many() -> None:
+    one = {**closed(1), "summary": {**closed(1)["summary"], "clients": [{"id": "a"}]}}
+    text = said(load_config(overrides=[]), {"event": "start", "clients": 1, "rounds": 1, "done": 0}, one)
+    assert "1 client, 1 round\n" in text
+    assert "  1 client  " in text
+
+
 def test_a_run_without_tasks() -> None:
     text = said(load_config(overrides=["rounds.count=3"]), closed(1, evaluation={"score": 0.5, "loss": 1.0}))
     assert "round   1/3  2 clients  score 50.0%  loss 1.000  up 0.0 MB" in text

@@ -72,6 +72,10 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
         "tags": ["federated-learning", "fedlora", "ffa-lora", "lora"],
     }
     assert body.startswith("\n# ward \\| letters\n")
+    unnamed = load_config(None, ["model.name=owner/base"])
+    for name, title in (("owner/base", "owner/base"), ("/srv/models/minilm", "minilm")):
+        manifest = replace(MANIFEST, base=replace(MANIFEST.base, name=name))
+        assert f"\n# LoRA adapter for {title}, federated (ffa-lora)\n" in model_card(manifest, unnamed, events())
     assert card.endswith("\n")
     assert "\n\n\n" not in card
 
@@ -98,6 +102,14 @@ def test_it_says_how_it_was_trained_and_scored() -> None:
         assert line in lines, line
     assert any(line.startswith("After round 2.") for line in lines)
     assert not any("empty" in line for line in lines)
+
+
+def test_one_of_a_thing_is_not_called_many() -> None:
+    manifest = replace(MANIFEST, ranks={"adapter": Ranks(smallest=4, largest=4, modules=1)})
+    epochs = load_config(None, ["training.local_steps=none", "training.local_epochs=1", "training.batch_size=1"])
+    lines = model_card(manifest, epochs, events()).splitlines()
+    assert "| a client in a round | 1 pass over the client's rows, 1 row a step |" in lines
+    assert "| adapter | 1 module of rank 4 |" in lines
 
 
 def test_it_holds_no_name_and_no_value_of_one_client_and_no_time() -> None:

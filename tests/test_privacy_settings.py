@@ -27,7 +27,6 @@ def private(*sets: str) -> RunConfig:
 @pytest.mark.parametrize(
     ("sets", "said"),
     [
-        (["privacy.level=client"], r"privacy\.level: client level needs noise on the sum.*use example"),
         (["privacy.epsilon=none"], r"privacy\.epsilon: set exactly one of noise_multiplier and epsilon, got neither"),
         (["privacy.noise_multiplier=1"], r"privacy\.epsilon: set exactly one of .*, got 1\.0 and 8"),
         (["privacy.rows=none"], r"privacy\.rows: how many rows a client is taken to have must be said"),

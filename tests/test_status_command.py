@@ -44,7 +44,8 @@ def call(path: Path, *words: str, status: int = 0) -> str:
 def conduct(deploy: DeployFile) -> None:
     """As if this process were the server and its conductor, in the fourth round for half a minute."""
     now = datetime.now(UTC)
-    journal(deploy, *steps(deploy), first=now)
+    late = {"event": "refused", "client": ids(deploy)["north"], "rule": "deadline", "strikes": 0}
+    journal(deploy, *steps(deploy), late, late, first=now)
     (deploy.state / "programs.json").write_bytes(programs_record({"server": os.getpid(), "superlink": os.getpid()}))
     (deploy.state / "conductor.pid").write_text(str(os.getpid()))
     os.utime(deploy.state / "conductor.pid", (now.timestamp() - 1, now.timestamp() - 1))
@@ -61,7 +62,7 @@ def test_a_run_that_is_conducted(deploy: DeployFile, tmp_path: Path) -> None:
     assert lines["score"] == "75.0% on the server's rows, after round 2"
     assert lines["a"] == "round 30 s the last, 20 s on average"
     assert lines["sent"] == "6.0 MB up, 9.0 MB down; 3.0 MB and 3.0 MB in the last round"
-    assert lines["refused"] == "not finite 1"
+    assert (lines["missing"], lines["refused"]) == ("deadline 2", "not finite 1")
     assert lines["privacy"] == "none claimed"
     assert lines["certificate"] == "364 days left" or lines["certificate"] == "365 days left"
     assert lines["programs"] == "server, superlink, conductor run; executor not"
@@ -140,6 +141,16 @@ def shown(nodes: int, height: int) -> str:
     found = Status(state="running", detail="", round=9, nodes=tuple(there))
     Console(file=screen, width=100).print(status_command.page(found, height))
     return screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("days", "words"), [(1.2, "1 day left: "), (-1.0, "ended 1 day ago: "), (99.0, "99 days left")]
+)
+def test_the_days_of_a_certificate(days: float, words: str) -> None:
+    screen = StringIO()
+    found = Status(state="running", detail="", certificate_days=days)
+    Console(file=screen, width=100).print(status_command.page(found, 40))
+    assert f"certificate  {words}" in screen.getvalue()
 
 
 def test_of_many_nodes_those_with_trouble_come_first_and_a_page_fits() -> None:

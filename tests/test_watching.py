@@ -22,7 +22,7 @@ from fedlora.deploy import DeployFile, read_deploy
 from fedlora.errors import ConfigError
 from fedlora.report.log import RunLog
 from fedlora.tail import Tail
-from fedlora.watched_events import REPORTED, Rounds, Steps
+from fedlora.watched_events import REPORTED, RULES, Rounds, Steps
 from fedlora.watching import PROGRAMS, Status, Watcher, alive, programs_record, span, watcher
 from tests.watched import NODES, NOW, RUN, deployment, ids, journal, steps, write_run
 
@@ -109,6 +109,17 @@ def test_nothing_that_one_client_measured_and_no_id_comes_out(deploy: DeployFile
     for secret in ("0.4321", "0.123", "my own rule", "\x1b", *ids(deploy).values()):
         assert secret not in text
     assert found.refusals == {"other base": 1, REPORTED: 1}
+
+
+def test_who_did_not_answer_is_missing_and_not_refused(deploy: DeployFile) -> None:
+    write_run(deploy)
+    one = {"event": "refused", "client": ids(deploy)["west"], "strikes": 0}
+    rules = ("deadline", "node unavailable", "client failed", "not finite", "malformed", "deadline")
+    journal(deploy, *steps(deploy)[:4], *({**one, "rule": rule} for rule in rules))
+    found = look(deploy)
+    assert found.missing == {"client failed": 1, "deadline": 2, "node unavailable": 1}
+    assert found.refusals == {"malformed": 1, "not finite": 1}
+    assert watching.MISSING <= RULES
 
 
 def test_a_score_of_one_client_is_that_clients_own(deploy: DeployFile) -> None:

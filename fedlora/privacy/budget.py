@@ -1,4 +1,4 @@
-"""What a run's settings come to: the privacy of every training ask, the steps that it is made for, and the budget.
+"""What a run's settings come to, of single rows: the privacy of every training ask, its steps, and the budget.
 
 The number of steps is that of a client which takes part in every round of every task. Sampling of clients is not
 counted as a help, since who was drawn is in the log.
@@ -11,15 +11,26 @@ from fedlora.continual.tasks import legs
 from fedlora.errors import ConfigError
 from fedlora.privacy.accounting import Privacy, epsilon, noise_multiplier
 
-__all__ = ["planned_steps", "resolved", "run_epsilon", "step_sampling"]
+__all__ = ["known_steps", "planned_steps", "resolved", "run_epsilon", "step_sampling"]
 
 
 def planned_steps(config: RunConfig) -> int:
     """Optimiser steps of a client that trains in every round. Raises: ConfigError where they are given as epochs."""
-    whole = [(leg.rounds, leg.config) for leg in legs(config)] or [(config.rounds.count, config)]
-    if any(one.training.local_steps is None for _, one in whole):
+    steps = known_steps(config)
+    if steps is None:
         raise ConfigError("training.local_epochs: epochs depend on private numbers of rows; set training.local_steps")
-    return sum(rounds * (one.training.local_steps or 0) for rounds, one in whole)
+    return steps
+
+
+def known_steps(config: RunConfig) -> int | None:
+    """Optimiser steps of a client that trains in every round; None where they depend on how many rows it has."""
+    each = [(leg.rounds, leg.config.training.local_steps) for leg in legs(config)]
+    found = 0
+    for rounds, steps in each or [(config.rounds.count, config.training.local_steps)]:
+        if steps is None:
+            return None
+        found += rounds * steps
+    return found
 
 
 def step_sampling(config: RunConfig) -> float:
@@ -31,14 +42,14 @@ def step_sampling(config: RunConfig) -> float:
 
 
 def resolved(config: RunConfig, *, noise: float | None = None) -> Privacy | None:
-    """The privacy that every training ask of the run carries; None where nothing is promised.
+    """The privacy that every training ask of the run carries; None where nothing is promised of single rows.
 
     `noise` is the noise multiplier found before, else it is `privacy.noise_multiplier`, or the smallest with which all
     planned steps stay within `privacy.epsilon` (seconds; see `fedlora.privacy.accounting.noise_multiplier`).
     Raises: ConfigError for an epsilon that no noise reaches.
     """
     own = config.privacy
-    if own.level == "none":
+    if own.level != "example":
         return None
     sampling = step_sampling(config)
     assert own.rows is not None
@@ -52,8 +63,10 @@ def resolved(config: RunConfig, *, noise: float | None = None) -> Privacy | None
 def run_epsilon(config: RunConfig) -> float | None:
     """What the run may spend at each client: `privacy.epsilon`, or what its noise comes to over all planned steps.
 
-    None where nothing is promised.
+    None where nothing is promised of single rows.
     """
+    if config.privacy.level != "example":
+        return None
     privacy = resolved(config, noise=1.0) if config.privacy.epsilon is not None else resolved(config)
     if privacy is None:
         return None

@@ -128,13 +128,14 @@ class AdaptiveClip:
             )
         return 1.0 / math.sqrt(noise_multiplier**-2 - (2.0 * self.count_noise) ** -2)
 
-    def after(self, indicators: float, noise: Noise) -> AdaptiveClip:
+    def after(self, indicators: float, noise: Noise | None) -> AdaptiveClip:
         """With the next round's clip; `indicators` is the sum of this round's. Charge it first.
 
+        Without `noise` the sum has it already, of standard deviation `count_noise`.
         Raises: TrainingError if the sum is not finite.
         """
         if not math.isfinite(indicators):
             raise TrainingError(f"adaptive clipping: the sum of indicators must be finite, got {indicators}")
-        noised = indicators + float(noise.normal((), self.count_noise))
+        noised = indicators + (float(noise.normal((), self.count_noise)) if noise is not None else 0.0)
         within = 0.5 + noised / self.expected
         return replace(self, clip=self.clip * math.exp(-self.rate * (within - self.quantile)))

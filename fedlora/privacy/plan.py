@@ -7,8 +7,10 @@ most C long, and the noise on it is z C sqrt(m) / (q N) long for m numbers train
 
     noise to signal = z sqrt(m) / (q N sqrt(K))
 
-in one step, in the coordinates of what is trained. It is a bound on the signal, so true ratios are larger. Where both
-factors are noised, their product has Z_B Z_A besides, which is quadratic in the noise and not in these numbers.
+in one step, in the coordinates of what is trained. At client level the clip is that of a client's update, m numbers
+are released once a round, and the ratio is z sqrt(m) / (q K). It is a bound on the signal, so true ratios are larger.
+Where both factors are noised, their product has Z_B Z_A besides, which is quadratic in the noise and not in these
+numbers.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from dataclasses import dataclass
 from fedlora.config import RunConfig
 from fedlora.continual.tasks import rounds_in_all
 from fedlora.errors import ConfigError
-from fedlora.privacy.accounting import Event, Privacy, advice, epsilon, noise_multiplier
+from fedlora.privacy.accounting import Event, Unit, advice, epsilon, noise_multiplier
 from fedlora.privacy.budget import planned_steps, step_sampling
+from fedlora.privacy.clients import planned_releases
 from fedlora.report.charts import Series, line_chart
 from fedlora.state import Layout
 
@@ -50,18 +53,19 @@ class Row:
 class Plan:
     """Clients, steps and sizes of a run, and a `Row` for each amount of noise."""
 
+    unit: Unit
     clients: int
     rounds: int
-    steps: int  # of one client in the whole run
+    steps: int  # of one client in the whole run; at client level, sums that are released
     sampling: float
-    rows: int
+    rows: int  # of a client; at client level, clients
     delta: float
     rank: int
     modules: int
     trained: tuple[int, int, int]  # numbers trained by way
-    upload: tuple[int, int, int]  # bytes of all clients and rounds by way, as float32
+    upload: tuple[int, int, int]  # bytes by way of all clients that are drawn in all rounds, as float32
     noise: tuple[Row, ...]
-    whole_clients: str  # what noise as large as the clip, on a round's sum, would promise to whole clients
+    whole_clients: str  # what noise as large as the clip, on a round's sum, would promise to whole clients; or empty
 
 
 def plan(config: RunConfig, layout: Layout) -> Plan:
@@ -70,21 +74,20 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
     Then `privacy.rows` is what the embedded skills have, and epsilon those of `TARGETS`. Cost: seconds.
     Raises: ConfigError if it is not known how many rows a client has, or steps are given as epochs.
     """
-    own = config.privacy
-    if own.rows is None and config.data.name == "skills":
-        own = own.model_copy(update={"rows": config.data.rows_per_client})
-        config = config.model_copy(update={"privacy": own})
-    if own.rows is None:
-        raise ConfigError(
-            "privacy.rows: how many rows does a client have? Say it with --set privacy.rows=1000 and level=example"
-        )
-    sampling, steps, delta = step_sampling(config), planned_steps(config), own.delta
-    rank, clients, rounds = max(config.lora.ranks), config.rounds.clients, rounds_in_all(config)
+    own, rank, clients = config.privacy, max(config.lora.ranks), config.rounds.clients
+    rounds, delta = rounds_in_all(config), own.delta
+    if own.level == "client":
+        counted = 1.0 if config.secure.on else config.rounds.fraction
+        sampling, times, units, mean = counted, planned_releases(config), clients, config.rounds.fraction * clients
+    else:
+        config, units = _with_rows(config)
+        sampling, times = step_sampling(config), planned_steps(config)
+        mean = sampling * units * math.sqrt(clients)
     if own.noise_multiplier is not None:
         noises = [own.noise_multiplier]
     else:
         wanted = (own.epsilon,) if own.epsilon is not None else TARGETS
-        noises = [noise_multiplier(e, delta, sampling=sampling, times=steps) for e in wanted]
+        noises = [noise_multiplier(e, delta, sampling=sampling, times=times) for e in wanted]
     head = sum(math.prod(shape) for shape in layout.head.values())
     shapes = [(m.out, m.inp) for m in layout.modules.values()]
     trained = (
@@ -94,33 +97,47 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
     )
     rows = []
     for z in noises:
-        events = [Event(noise_multiplier=z, sampling=sampling, times=steps)]
-        ratios = [z * math.sqrt(m) / (sampling * own.rows * math.sqrt(clients)) for m in trained]
+        events = [Event(noise_multiplier=z, sampling=sampling, times=times)]
+        ratios = [z * math.sqrt(m) / mean for m in trained]
         rows.append(
             Row(
                 epsilon=epsilon(events, delta),
                 noise_multiplier=z,
                 ratios=(ratios[0], ratios[1], ratios[2]),
-                advice=advice("example", own.rows, events, delta),
+                advice=advice("client" if own.level == "client" else "example", units, events, delta),
             )
         )
     whole = [Event(noise_multiplier=1.0, sampling=config.rounds.fraction, times=rounds)]
     spent = f"epsilon {epsilon(whole, 0.1 / clients):.1f} at delta {0.1 / clients:g}"
-    up = [4 * m * clients * rounds for m in trained]
+    up = [round(4 * m * clients * config.rounds.fraction * rounds) for m in trained]
     return Plan(
+        unit="client" if own.level == "client" else "example",
         clients=clients,
         rounds=rounds,
-        steps=steps,
+        steps=times,
         sampling=sampling,
-        rows=own.rows,
+        rows=units,
         delta=delta,
         rank=rank,
         modules=len(shapes),
         trained=trained,
         upload=(up[0], up[1], up[2]),
         noise=tuple(rows),
-        whole_clients=advice("client", clients, whole, 0.1 / clients) or spent,
+        whole_clients="" if own.level == "client" else advice("client", clients, whole, 0.1 / clients) or spent,
     )
+
+
+def _with_rows(config: RunConfig) -> tuple[RunConfig, int]:
+    """The settings with how many rows a client has, and that number. Raises: ConfigError if it is not known."""
+    rows = config.privacy.rows
+    if rows is None and config.data.name == "skills":
+        rows = config.data.rows_per_client
+        config = config.model_copy(update={"privacy": config.privacy.model_copy(update={"rows": rows})})
+    if rows is None:
+        raise ConfigError(
+            "privacy.rows: how many rows does a client have? Say it with --set privacy.rows=1000 and level=example"
+        )
+    return config, rows
 
 
 def picture(planned: Plan) -> str:
@@ -134,11 +151,9 @@ def picture(planned: Plan) -> str:
 
 
 def _course(row: Row, planned: Plan, at: Sequence[int], each: float, tone: int) -> Series:
-    private = Privacy(
-        clip=1.0,
-        noise_multiplier=row.noise_multiplier,
-        sampling=planned.sampling,
-        expected=planned.sampling * planned.rows,
-    )
-    points = [(float(n), epsilon([private.event(math.ceil(each * n))], planned.delta)) for n in at]
+    def spent(steps: int) -> float:
+        event = Event(noise_multiplier=row.noise_multiplier, sampling=planned.sampling, times=steps)
+        return epsilon([event], planned.delta)
+
+    points = [(float(n), spent(math.ceil(each * n))) for n in at]
     return Series(name=f"noise {row.noise_multiplier:.3g}", points=points, tone=tone)

@@ -236,7 +236,7 @@ def _keys(run: Run) -> list[tuple[str, str, str]]:
         keys.append(("time", duration(seconds), f"peak memory {size(memory * 2**20)}" if memory else ""))
     if spent := _spent(run):
         terms = run.rounds[-1]["privacy"]
-        keys.append(("epsilon", f"{spent[-1][1]:.2f}", f"of a training {terms['unit']}, at delta {terms['delta']:g}"))
+        keys.append(("epsilon", f"{spent[-1][1]:.2f}", f"{_UNITS[terms['unit']]}, at delta {terms['delta']:g}"))
     ranks = [c["rank"] for c in run.start.get("clients", ()) if "rank" in c]
     if ranks:
         same = min(ranks) == max(ranks)
@@ -249,6 +249,9 @@ def _keys(run: Run) -> list[tuple[str, str, str]]:
             )
         )
     return keys
+
+
+_UNITS = {"example": "of a training row", "client": "of a whole client"}
 
 
 def _task_keys(stream: Stream, measure: str) -> list[tuple[str, str, str]]:

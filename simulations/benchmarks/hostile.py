@@ -27,6 +27,7 @@ import psutil
 from clients.worker import Worker, _Server
 from fedlora.deploy import NodeFile, read_node
 from fedlora.envelope import ANSWER_OVERHEAD, open_ask
+from fedlora.processes import private_folder
 from fedlora.report.log import read_log
 from fedlora.wire import decode_answer, decode_ask
 from server.deployed import CONDUCTOR
@@ -112,6 +113,7 @@ def worker(node: Path, other: Path, rows: Sequence[Row]) -> None:
     """Serve as the hostile node's worker until this process ends."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     file = read_node(node)
+    private_folder(file.state)
     file.meeting.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     file.meeting.unlink(missing_ok=True)
     with _Server(Hostile(file, other, rows), file.meeting) as server:

@@ -5,6 +5,7 @@ The trainer is one that counts. The socket is real; so is the relay's side of it
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -231,6 +232,39 @@ def test_a_relay_that_lies_about_lengths_or_goes_away_harms_nobody(node: Node, l
     assert node.opened(asked(str(listening), node.ask(header), patience=1.0), header).examples == 3
 
 
+def test_connections_that_say_nothing_hold_nobody_up(
+    node: Node, listening: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(working, "_GREETING", 30.0)
+    with contextlib.ExitStack() as idle:
+        for _ in range(3 * working._AT_ONCE):
+            one = idle.enter_context(socket.socket(socket.AF_UNIX))
+            one.connect(str(listening))
+        header, began = node.header(), time.monotonic()
+        assert node.opened(asked(str(listening), node.ask(header), patience=1.0), header).examples == 3
+        assert time.monotonic() - began < 10.0
+
+
+@pytest.mark.parametrize(("limit", "start"), [("_GREETING", b""), ("_READING", b"\0" * 6 + b"\x20\0")])
+def test_a_relay_that_drips_is_cut_off_as_a_whole(
+    listening: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: str, start: bytes
+) -> None:
+    """Each byte comes in time, and a length of zeros would take 1.6 s."""
+    monkeypatch.setattr(working, limit, 0.4)
+
+    def drip(one: socket.socket) -> None:
+        for _ in range(7):
+            one.sendall(b"\0")
+            time.sleep(0.2)
+
+    with socket.socket(socket.AF_UNIX) as one:
+        one.connect(str(listening))
+        one.sendall(start)
+        with pytest.raises(BrokenPipeError):
+            drip(one)
+    assert "bytes came within 0.4 s" in caplog.text or "timed out" in caplog.text
+
+
 def test_a_defect_is_reported_without_its_text_and_the_worker_stays(
     node: Node, listening: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,8 +297,9 @@ def test_an_ask_waits_for_a_worker_that_is_being_started_again(node: Node, tmp_p
     thread.join()
     server.server_close()
     assert node.opened(answered[0], header).examples == 3
-    with pytest.raises(WorkerGone, match="does not answer"):
+    with pytest.raises(WorkerGone, match="does not answer") as error:
         asked(str(tmp_path / "nowhere"), data, patience=0.0)
+    assert str(tmp_path) not in str(error.value)  # Flower tells it to the server
 
 
 def test_a_node_with_a_budget_of_its_own_answers_private_training_only(tmp_path: Path, trained: list[Header]) -> None:

@@ -57,9 +57,9 @@ def test_no_target_is_left_out() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_minute_of_the_campaign_is_clean(tmp_path: Path) -> None:
+def test_a_while_of_the_campaign_is_clean(tmp_path: Path) -> None:
     campaign = Campaign(list(targets()), seed=1)
-    campaign.run(60.0)
+    campaign.run(20.0)
     write_failures(tmp_path, campaign.tallies, 1)
     assert {name: t.unclean for name, t in campaign.tallies.items() if t.unclean} == {}
     assert all(tally.cases for tally in campaign.tallies.values())

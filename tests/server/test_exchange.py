@@ -8,11 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MessageType, RecordDict
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectPushError, ObjectUnavailableError
+from flwr.superlink.grid import http_grid
 
 from fedlora.errors import WireError
 from fedlora.state import Ask, Header
 from fedlora.wire import encode_ask
-from server.exchange import Asked, Failure, exchange, pack, unpack
+from server import exchange as exchange_module
+from server.exchange import Asked, Failure, bound_pulls, exchange, pack, unpack
 
 
 def asks(fakes: Any, count: int, made: list[int]) -> list[Asked]:
@@ -90,6 +93,26 @@ def test_a_message_that_flower_does_not_take(fakes: Any, grid: Any, monkeypatch:
     ]
 
 
+def test_a_message_whose_content_a_restarted_superlink_forgot_is_pushed_anew(
+    fakes: Any, grid: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push, failed = grid.push_messages, [0]
+    monkeypatch.setattr(exchange_module, "_LONGEST_PAUSE", 0.0)
+
+    def forgets(messages: Any) -> Any:
+        if messages[0].metadata.dst_node_id == 1001 and failed[0] < 2:
+            failed[0] += 1
+            raise ObjectPushError("f0", 1, "a session")
+        return push(messages)
+
+    monkeypatch.setattr(grid, "push_messages", forgets)
+    assert all(isinstance(data, bytes) for _, data, _ in gather(grid, asks(fakes, 3, [])))
+    assert failed == [2]
+    failed[0] = -1
+    with pytest.raises(ObjectPushError):
+        gather(grid, asks(fakes, 3, []))
+
+
 def test_nobody_asked_is_nothing_sent(grid: Any) -> None:
     assert gather(grid, []) == []
     assert grid.pulls == 0
@@ -127,3 +150,16 @@ def test_a_claim_of_a_terabyte_is_refused(fakes: Any) -> None:
     data = header + b" " * (127 - len(header)) + b"\n" + b"x"
     with pytest.raises(WireError, match="`bytes` is no array"):
         unpack(bad(Array(dtype="uint8", shape=(2,), stype="numpy.ndarray", data=data)))
+
+
+def test_flower_gives_up_an_answer_that_comes_drop_by_drop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_grid, "pull_objects", http_grid.pull_objects)
+    bound_pulls(0.2)
+
+    def never(object_id: str) -> bytes:
+        raise ObjectUnavailableError(object_id)
+
+    began = time.monotonic()
+    with pytest.raises(ObjectPullError):
+        http_grid.pull_objects(["f0"], never)
+    assert time.monotonic() - began < 30.0

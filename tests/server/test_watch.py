@@ -52,7 +52,7 @@ def parsed(text: str) -> dict[tuple[str, Labels], float]:
 
 def test_a_scrape_says_what_status_says(deploy: DeployFile) -> None:
     write_run(deploy)
-    journal(deploy, *steps(deploy))
+    journal(deploy, *steps(deploy), {"event": "refused", "client": ids(deploy)["north"], "rule": "deadline"})
     (deploy.state / watching.PROGRAMS).write_bytes(programs_record({"server": os.getpid()}))
     with endpoint(deploy):
         text = scrape(deploy)
@@ -65,7 +65,8 @@ def test_a_scrape_says_what_status_says(deploy: DeployFile) -> None:
 
     assert (value("round"), value("rounds"), value("nodes_enrolled"), value("quarantined")) == (3, 5, 3, 1)
     assert (value("round_seconds"), value("answers_total")) == (30, 3)
-    assert value("refusals_total", rule="not finite") == 1
+    assert (value("refusals_total", rule="not finite"), value("missing_total", rule="deadline")) == (1, 1)
+    assert ("fedlora_refusals_total", frozenset({("rule", "deadline")})) not in found
     assert (value("bytes_total", direction="up"), value("bytes_total", direction="down")) == (6e6, 9e6)
     programs = {"server": 1.0, "superlink": 0.0, "executor": 0.0, "conductor": 0.0}
     assert {name: value("up", program=name) for name in programs} == programs

@@ -32,6 +32,7 @@ __all__ = [
     "basis_of",
     "mean_of",
     "packing",
+    "padded",
     "sketched",
     "sum_shapes",
     "vector",
@@ -102,6 +103,18 @@ def packing(shapes: Mapping[str, tuple[int, ...]]) -> Packing:
     return Packing({k: tuple(s) for k, s in shapes.items()}, SCALARS)
 
 
+def padded(
+    arrays: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]], ratio: float
+) -> dict[str, NDArray[np.float64]]:
+    """The arrays with zeros at the end of every axis, float64, in these `shapes`; B times `ratio`."""
+    found = {}
+    for name, shape in shapes.items():
+        x = arrays[name].astype(np.float64)
+        found[name] = np.zeros(shape, np.float64)
+        found[name][tuple(slice(n) for n in x.shape)] = x * ratio if name.startswith("B:") else x
+    return found
+
+
 def vector(
     arrays: Mapping[str, Array],
     into: Packing,
@@ -122,19 +135,12 @@ def vector(
         "loss_before": weight * min(max(losses[0], 0.0), MOST_LOSS),
         "loss_after": weight * min(max(losses[1], 0.0), MOST_LOSS),
     }
-    padded: dict[str, Array] = {}
-    squares = 0.0
-    for name, shape in into.shapes.items():
-        x = arrays[name].astype(np.float64) * (weight * (ratio if name.startswith("B:") else 1.0))
-        full = np.zeros(shape, np.float64)
-        full[tuple(slice(n) for n in x.shape)] = x
-        padded[name] = full
-        squares += float(np.sum(x**2))
+    full = {name: weight * x for name, x in padded(arrays, into.shapes, ratio).items()}
     room = math.sqrt(bound**2 - 1.0 - sum(s**2 for s in scalars.values()))
-    length = math.sqrt(squares)
+    length = math.sqrt(sum(float(np.sum(x**2)) for x in full.values()))
     if length > room:
-        padded = {name: x * (room / length) for name, x in padded.items()}
-    return into.pack(padded, {**scalars, "clipped": float(length > room)})
+        full = {name: x * (room / length) for name, x in full.items()}
+    return into.pack(full, {**scalars, "clipped": float(length > room)})
 
 
 def mean_of(total: Array, into: Packing, *, clients: int, most: int) -> Mean:
