@@ -309,6 +309,15 @@ def _continual_conflicts(config: RunConfig, values: Values) -> Iterator[Conflict
             ("continual.method", "method.name"),
             f"under {way.method} one pair goes on from task to task, so all have one: got {', '.join(trained_by)}",
         )
+    for task in tasks if way.method in ("subspace", "input-aware") else ():
+        dim = task.get("continual.task_dim", way.task_dim)
+        rank = task.get("method.task_rank", config.method.task_rank)
+        if dim is not None and rank is not None and int(rank) > int(dim):
+            yield (
+                ("method.task_rank", "continual.task_dim"),
+                f"task {task.get('name', '')}: a pair of rank {rank} has no room in a subspace of {dim} dimensions: "
+                "raise task_dim, or lower task_rank",
+            )
     if config.attack.kind != "none":
         yield ("attack.kind", "tasks"), f"no simulated attack is made for runs with tasks: got {config.attack.kind}"
     if way.method == "nearest-mean" and config.model.task_type != "sequence-classification":

@@ -134,6 +134,13 @@ def test_a_method_of_one_task_is_held_to_the_same(way: str, method: str, message
     assert message in said(sets, [{"name": "a"}, {"name": "b", "method.name": method}])
 
 
+def test_a_pair_must_fit_its_tasks_subspace() -> None:
+    sets = ["method.name=ffa-lora", "continual.method=subspace", "continual.task_dim=8"]
+    two = [{"name": "a", "method.task_rank": 8}, {"name": "b", "method.task_rank": 9}]
+    assert "task b: a pair of rank 9 has no room in a subspace of 8 dimensions" in said(sets, two)
+    load_config(None, [*sets, f"tasks={json.dumps([two[0], {**two[1], 'continual.task_dim': 9}])}"])
+
+
 def test_all_mistakes_are_said_at_once() -> None:
     found = said(["personal.steps=3", "attack.kind=sign-flip"], [{"name": "a", "rank": "x"}, {"name": "a"}])
     assert found.startswith("4 mistakes in the settings")
