@@ -60,7 +60,7 @@ def _of_clients(config: RunConfig) -> Iterator[Conflict]:
             ("method.basis", "privacy.level"),
             "fed-sb's first round takes the clients' factors without noise to find its bases: use random",
         )
-    if rounds.fraction < 1.0 and rounds.sampling != "poisson":
+    if rounds.fraction < 1.0 and rounds.sampling != "poisson" and not config.secure.on:
         yield (
             ("rounds.sampling", "rounds.fraction", "privacy.level"),
             "epsilon is counted for clients that are drawn each by itself; a fixed number of them changes everybody's "

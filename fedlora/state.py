@@ -324,8 +324,8 @@ class Whole:
     """What a client does for whole clients to be private in a secure sum (`fedlora.privacy.secagg.whole`).
 
     Its arrays are clipped to `clip`, one L2 norm over all; with `counted` it adds +1/2 or -1/2, whether they were
-    within it. `noise` and `count_noise` are the standard deviations of its own noise on the arrays and on that count;
-    0.0 where the server adds all.
+    within it, times `clip`. `noise` and `count_noise` are the standard deviations of its own noise on the arrays and
+    on that count; 0.0 where the server adds all.
     """
 
     clip: float
@@ -343,7 +343,7 @@ class Secure:
     / `examples`; and the scalars of `fedlora.privacy.secagg.update`. With `columns` p it is a sketch of its products in
     two parts (`fedlora.privacy.secagg.sketch`): B (A Omega) `[out, p]` with Omega from `seed`, and, when the ask of
     part 2 has brought `Q:` arrays `[out, p]`, (Q^T B) A `[p, in]` and its head; p is at most out and in of a module.
-    With `whole` every client weighs 1, and no losses are summed.
+    With `whole` all clients weigh the same, and no losses are summed.
     """
 
     stage: Stage

@@ -245,6 +245,9 @@ class Conductor:
             event = {k: v for k, v in event.items() if k not in _SHOWS}
         elif self._releases.private:
             event["clients"] = [{k: v for k, v in c.items() if k in _KNOWN} for c in event["clients"]]
+            event["refused"] = [{**r, "detail": ""} for r in event["refused"]]  # a client's own words, of its rows
+            if released is not None:
+                del event["clients"]
         strikes = {c: np.array([n], np.float64) for c, n in sorted(self._strikes.items())}
         memory = {k: x for k, x in state.memory.items() if k != STRIKES}
         memory |= {OWNER: self._holdings.memory()} | ({STRIKES: strikes} if strikes else {})
@@ -315,6 +318,8 @@ class Conductor:
             kind = _kind_of(asks)
             answers, told_now = self._ask(kind, cohort.round, attempt, phase, state, asks, roster, tally)
             quorum = math.ceil(self._config.rounds.quorum * len(asks))
+            if self._releases.hidden:  # a round that were repeated or given up for its answers would tell how many
+                quorum = 0
             if len(answers) < quorum and kind != "secure":  # which has rules of its own for who may be missing
                 answers.clear()
                 why = "; ".join(_say(r) for r in tally.refused[-3:])

@@ -1,8 +1,9 @@
 """Attacks on our own private releases, with canaries: on clipped and noised sums of clients, and on private training.
 
-Clients: T rounds of the parts that client-level privacy is made of (joint clip, weight, sum, noise, a charge for each
-round). Canaries are orthogonal directions, several times as long as the clip, spread over all arrays, heads included;
-the score of one is the length of the released sum along it.
+Clients: T rounds of a method at client level, clipped, summed, noised by the server and charged by the code of a run
+(`strategies.private`, `server.releases`). Canaries are orthogonal directions, several times as long as the clip, spread
+over all arrays, heads included; the score of one is how far the state has moved along it. Not attacked: sampling, noise
+by the clients, a clip that moves. Not seen: what the noised sum is divided by, which scales signal and noise alike.
 
 Rows: `train_client` on the embedded base, with rows of random tokens, drawn, clipped and noised by the code that trains
 in a run. Two attacks. *Gradients*: AdamW with an epsilon so large that it is plain gradient descent, in steps so small
@@ -20,9 +21,9 @@ from __future__ import annotations
 import random
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -34,21 +35,23 @@ from numpy.typing import NDArray
 
 from fedlora.adapter import Adapter, Array, Factors
 from fedlora.base import Base
+from fedlora.config import load_config
 from fedlora.data.batches import in_order
 from fedlora.data.rows import TokenRow
 from fedlora.errors import ConfigError
-from fedlora.privacy.accounting import Event, Privacy, epsilon
+from fedlora.privacy.accounting import Privacy, epsilon
 from fedlora.privacy.audit import Finding, auc, bounds
-from fedlora.privacy.clipping import clip_jointly, sensitivity, weighed
-from fedlora.privacy.ledger import Key, Ledger, Terms
-from fedlora.privacy.noise import Noise
-from fedlora.state import Ask, Block, Header, LocalTraining, TrainPlan
+from fedlora.privacy.clients import client_privacy
+from fedlora.state import Answer, Ask, Block, GlobalState, Header, Layout, LocalTraining, Module, TrainPlan, keyed
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
 from fedlora.training.objective import answer_logits
 from fedlora.wire import blocks_id
+from server.releases import Releases
+from strategies.base import Cohort, Member, pair_arrays, pair_of, play
+from strategies.configured import configured
 
-__all__ = ["ClientAudit", "RowAudit", "Sum", "audit_clients", "audit_losses", "audit_rows", "canary_rows"]
+__all__ = ["ClientAudit", "RowAudit", "audit_clients", "audit_losses", "audit_rows", "canary_rows"]
 
 CONFIDENCE: Final = 0.999
 LINEAR: Final = 1e6  # AdamW's epsilon: far above any gradient, so that a step is the rate over it times the gradient
@@ -65,7 +68,8 @@ Float = NDArray[np.float64]
 class ClientAudit:
     """`canaries` clients of `overshoot` times the clip, over `rounds` releases of noise `noise_multiplier`.
 
-    `shapes`: the arrays of an update; each must have room for as many directions, and has its share of every canary.
+    An update is A `[rank, width]`, B `[width, rank]` and a head `[rank, width]`; each must have room for as many
+    directions, and has its share of every canary.
     """
 
     canaries: int = 500
@@ -74,65 +78,27 @@ class ClientAudit:
     clip: float = 1.0
     delta: float = 1e-5
     overshoot: float = 4.0
-    shapes: tuple[tuple[str, tuple[int, ...]], ...] = (("A:m", (8, 80)), ("B:m", (80, 8)), ("head:w", (8, 80)))
+    rank: int = 8
+    width: int = 80
     confidence: float = CONFIDENCE
 
 
-class Sum:
-    """What is audited: one round's release, noise and charge. Tests put a faulty one in its place."""
-
-    def __init__(self, settings: ClientAudit) -> None:
-        self.settings = settings
-        self.noise = Noise()
-
-    def clipped(self, update: Mapping[str, Array]) -> Mapping[str, Array]:
-        return weighed(clip_jointly(update, self.settings.clip)[0], 1.0, 1.0)
-
-    def charge(self, ledger: Ledger, number: int) -> None:
-        event = Event(noise_multiplier=self.settings.noise_multiplier)
-        ledger.charge(Key(run="audit", round=number, release="sum"), event)
-
-    def release(self, updates: Sequence[Mapping[str, Array]]) -> dict[str, Float]:
-        """Of all clients' updates, over a planned weight of 1."""
-        own = self.settings
-        sd = own.noise_multiplier * sensitivity(own.clip, total_weight=1.0)
-        out = {key: self.noise.normal(shape, sd) for key, shape in own.shapes}
-        for update in updates:
-            for key, x in self.clipped(update).items():
-                out[key] += x
-        return out
-
-
-def audit_clients(
-    settings: ClientAudit, make: Callable[[ClientAudit], Sum] = Sum, *, harness: np.random.Generator | None = None
-) -> Finding:
-    """Attack `rounds` releases of a sum that canary clients join by fair coins; the claim is that of its own ledger.
+def audit_clients(settings: ClientAudit, *, harness: np.random.Generator | None = None) -> Finding:
+    """Attack a run of `rounds` rounds that canary clients join by fair coins; the claim is that of its own ledger.
 
     `harness` draws canaries and coins: leave it out, so that what is audited cannot know them.
     Cost: seconds at the defaults. Raises: ConfigError if there are more canaries than an array has numbers.
     """
-    sizes = [int(np.prod(shape)) for _, shape in settings.shapes]
-    if not 3 <= settings.canaries <= min(sizes):
-        raise ConfigError(f"audit: from 3 to {min(sizes)} canaries fit in each array, got {settings.canaries}")
+    size, count = settings.rank * settings.width, settings.canaries
+    if not 3 <= count <= size:
+        raise ConfigError(f"audit: from 3 to {size} canaries fit in each array, got {count}")
     harness = harness or np.random.default_rng(secrets.randbits(128))
-    frames = [np.linalg.qr(harness.standard_normal((size, settings.canaries)))[0].T for size in sizes]
-    frame = np.concatenate(frames, axis=1) / len(sizes) ** 0.5  # orthogonal in each array too
-    joined = _coins(harness, settings.canaries)
-    canaries = [_unflat(settings, settings.overshoot * settings.clip * row) for row in frame]
-
-    def released(updates: Sequence[Mapping[str, Array]]) -> tuple[Float, float]:
-        with _rewound(), tempfile.TemporaryDirectory() as folder:
-            audited = make(settings)
-            terms = Terms(owner="audit", unit="client", epsilon=1e6, delta=settings.delta)
-            with Ledger.open(Path(folder) / "ledger.jsonl", terms, create=True) as ledger:
-                total = np.zeros(sum(sizes))
-                for number in range(settings.rounds):
-                    audited.charge(ledger, number)
-                    total += np.concatenate([x.ravel() for x in audited.release(updates).values()])
-                return total, ledger.epsilon()
-
-    total, claimed = released([c for c, one in zip(canaries, joined, strict=True) if one])
-    again, _ = released([])
+    frames = [np.linalg.qr(harness.standard_normal((size, count)))[0].T for _ in range(3)]
+    frame = np.concatenate(frames, axis=1) / 3**0.5  # orthogonal in each array too
+    joined = _coins(harness, count)
+    updates = (settings.overshoot * settings.clip * frame).astype(np.float32)
+    total, claimed = _run(settings, {int(i): updates[i] for i in np.flatnonzero(joined)})
+    again, _ = _run(settings, {0: 0.0 * updates[0]})
     return _found(
         f"sums of clients, {settings.rounds} rounds",
         {"canary directions": frame @ total, "canary directions, replayed noise taken off": frame @ (total - again)},
@@ -140,14 +106,57 @@ def audit_clients(
         claimed,
         settings.delta,
         settings.confidence,
-        {k: v for k, v in asdict(settings).items() if k != "shapes"} | {"numbers": sum(sizes)},
+        asdict(settings) | {"numbers": 3 * size},
     )
 
 
-def _unflat(settings: ClientAudit, flat: Float) -> dict[str, Array]:
-    cuts = np.cumsum([int(np.prod(shape)) for _, shape in settings.shapes])[:-1]
-    parts = np.split(flat, cuts)
-    return {k: x.reshape(shape).astype(np.float32) for (k, shape), x in zip(settings.shapes, parts, strict=True)}
+def _run(settings: ClientAudit, updates: Mapping[int, Array]) -> tuple[Float, float]:
+    """What a run moves its state by, A, B and head as one vector, and the epsilon of its ledger."""
+    rank, width = settings.rank, settings.width
+    fields = {
+        "method.name": "fedit",
+        "lora.ranks": rank,
+        "rounds.count": settings.rounds,
+        "rounds.clients": settings.canaries,
+        "privacy.level": "client",
+        "privacy.clip": settings.clip,
+        "privacy.noise_multiplier": settings.noise_multiplier,
+        "privacy.delta": settings.delta,
+    }
+    config = load_config(None, [f"{key}={value}" for key, value in fields.items()])
+    method = configured(config, client_privacy(config))
+    layout = Layout(modules={"m": Module(out=width, inp=width)}, head={"w": (rank, width)})
+    members = tuple(Member(id=f"client-{i:05d}", rank=rank, scale=1.0) for i in range(settings.canaries))
+    drawn = {members[i].id: x for i, x in updates.items()}
+    shapes = {"A:m": (rank, width), "B:m": (width, rank), "head:w": (rank, width)}
+    cohort = Cohort(
+        round=1,
+        rounds=settings.rounds,
+        members=tuple(m for m in members if m.id in drawn),
+        settings=config.method,
+        training=LocalTraining(learning_rate=1e-3, local_steps=1, local_epochs=None, batch_size=1),
+        seed=0,
+        progress=(0.0, 1.0),
+    )
+
+    def answered(client: str, ask: Ask) -> Answer:
+        parts = zip(shapes.items(), np.split(drawn[client], 3), strict=True)
+        return Answer(examples=1, arrays={key: x.reshape(shape) for (key, shape), x in parts})
+
+    def flat(state: GlobalState) -> Float:
+        arrays = {**pair_arrays(pair_of(state, method.name)), **keyed("head", state.open_task.extras)}
+        return np.concatenate([arrays[key].ravel().astype(np.float64) for key in shapes])
+
+    with (
+        _rewound(),
+        tempfile.TemporaryDirectory() as folder,
+        closing(Releases(config, Path(folder), "audit", begun=False)) as ledger,
+    ):
+        first = state = method.open("audit", layout, members, config.method, 0)
+        for number in range(1, settings.rounds + 1):
+            ledger.charge(number)
+            state = play(method.protocol(state, replace(cohort, round=number)), answered).state
+        return flat(state) - flat(first), float(ledger.told()["epsilon"])
 
 
 # -- rows

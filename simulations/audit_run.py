@@ -20,6 +20,7 @@ from fedlora.privacy.audit import Finding, Inverted, LedgerFinding
 from fedlora.privacy.budget import planned_steps, resolved
 from fedlora.privacy.ledger import Ledger, Terms
 from fedlora.report.log import read_log
+from server.releases import LEDGER as RELEASES
 from simulations.audit import ClientAudit, RowAudit, audit_clients, audit_losses, audit_rows
 from simulations.inversion import KINDS, invert, rows_that_fit
 
@@ -49,14 +50,21 @@ def audit_parts(*, quick: bool, notify: Notify) -> list[Finding]:
 
 
 def audit_run(folder: Path, *, quick: bool, notify: Notify) -> tuple[list[Finding], list[LedgerFinding]]:
-    """Attack training at the settings of a run, on canaries and the embedded base, and read its clients' ledgers.
+    """Attack training at the settings of a run, on canaries and the embedded base, and read its ledgers.
 
+    At client level canary clients join sums of its noise and clip, without sampling, for at most 20 of its rounds.
     The run's own rows and model are not touched: what is attacked is the same code under the same clip, noise, sampling
     and rank. The claim beside each bound is that of the steps that were repeated, which may be fewer than the run's.
     Raises: ConfigError for a run without privacy; CheckpointError as `read_log`; LedgerError for a damaged ledger.
     """
     config = load_config(folder / "config.toml")
     told = _told(read_log(folder), folder)
+    if told.get("unit") == "client":
+        notify("canary clients in sums with the run's noise and clip ...")
+        rounds = min(int(told["steps"]), 10 if quick else 20)
+        terms = {"noise_multiplier": told["noise_multiplier"], "clip": told["clip"], "delta": told["delta"]}
+        clients = ClientAudit(canaries=200 if quick else 500, rounds=rounds, **terms)
+        return [audit_clients(clients)], audit_ledgers(folder)
     privacy = resolved(config, noise=told["noise_multiplier"])
     assert privacy is not None
     base = resident_base(ModelConfig())
@@ -76,32 +84,39 @@ def audit_run(folder: Path, *, quick: bool, notify: Notify) -> tuple[list[Findin
 
 
 def audit_ledgers(folder: Path) -> list[LedgerFinding]:
-    """Each simulated client's ledger against the log; empty where the ledgers lie with their nodes.
+    """Each simulated client's ledger against the log, and at client level the server's.
 
+    Empty at example level where the ledgers lie with their nodes.
     Raises: ConfigError for a run without privacy; CheckpointError as `read_log`; LedgerError for a damaged ledger.
     """
     config, events = load_config(folder / "config.toml"), read_log(folder)
     told = _told(events, folder)
-    each = 0 if config.tasks else config.training.local_steps or 0  # tasks may have steps of their own
     run = (folder / "run-id").read_text(encoding="utf-8").strip()
+    rounds = [event for event in events if event["event"] == "round"]
+    whole = told.get("unit") == "client"
+    each = 0 if config.tasks else 1 if whole else config.training.local_steps or 0  # tasks may have steps of their own
     answered: dict[str, set[int]] = {}
-    for event in events:
-        if event["event"] == "round":
-            for client in event["clients"]:
-                answered.setdefault(client["id"], set()).add(event["round"])
+    for event in rounds:
+        for client in event.get("clients", ()):
+            answered.setdefault(client["id"], set()).add(event["round"])
+    kept = folder / "clients"
+    books = [
+        (c, kept / f"{folder_name(c)}{'.whole' if whole else ''}" / LEDGER, n) for c, n in sorted(answered.items())
+    ]
+    if whole:
+        books.append(("the server", folder / RELEASES, {event["round"] for event in rounds}))
     found = []
-    for client, rounds in sorted(answered.items()):
-        path = folder / "clients" / folder_name(client) / LEDGER
+    for owner, path, there in books:
         if not path.is_file():
             continue
         with Ledger.open(path, _terms(path)) as ledger:
             charges = {key: event for key, event in ledger.charges.items() if key.run == run}
         found.append(
             LedgerFinding(
-                client=client,
-                rounds=len(rounds),
-                uncharged=tuple(sorted(rounds - {key.round for key in charges})),
-                steps=each * len(rounds),
+                client=owner,
+                rounds=len(there),
+                uncharged=tuple(sorted(there - {key.round for key in charges})),
+                steps=each * len(there),
                 charged_steps=sum(event.times for event in charges.values()),
                 charged=epsilon(charges.values(), float(told["delta"])),
                 told=float(told["epsilon"]),
@@ -130,7 +145,7 @@ def _told(events: Sequence[Mapping[str, Any]], folder: Path) -> Mapping[str, Any
     told = next((e["privacy"] for e in reversed(events) if e["event"] == "round" and e.get("privacy")), None)
     if told is None:
         raise ConfigError(
-            f"{folder}: the run promises nothing of single rows (privacy.level is none), or no round is done yet; "
+            f"{folder}: the run promises nothing of rows or clients (privacy.level is none), or no round is done yet; "
             "there is no claim to audit. Without a folder, fedlora audit attacks the parts"
         )
     return dict(told)

@@ -43,7 +43,7 @@ from fedlora.privacy.secagg.packing import Packing
 from fedlora.privacy.secagg.refusal import Refused
 from fedlora.privacy.secagg.server import Server
 from fedlora.privacy.secagg.update import Mean, basis_of, mean_of, packing, sum_shapes
-from fedlora.privacy.secagg.whole import coding, slack_of, whole_of
+from fedlora.privacy.secagg.whole import coding, count_in, slack_of, whole_of
 from fedlora.rng import stream
 from fedlora.state import Answer, Ask, GlobalState, Secure, Stage, TrainPlan, keyed, part
 from strategies.base import Closed, Cohort, Method, Round
@@ -219,7 +219,7 @@ class _Sum:
         arrays, scalars = into.unpack(total)
         noise = Noise() if terms.by == "server" else None
         released = terms.released(arrays, noise, slack_of(terms.clip))
-        within = scalars["clipped"]
+        within = count_in(scalars, terms.clip)
         if noise is not None and terms.adaptive is not None:
             within += float(noise.normal((), terms.adaptive.count_noise))
         return Mean(arrays=released, examples=1, loss_before=math.nan, loss_after=math.nan, clipped=within)

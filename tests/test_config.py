@@ -405,3 +405,77 @@ def test_scenarios_load_and_the_default_one_is_the_default() -> None:
     found = {path.stem: load_config(path) for path in SCENARIOS.glob("*.toml")}
     assert found["default"] == RunConfig(name="default")
     assert found["own"].data.name != "skills"
+
+
+CLIENT_LEVEL = ("method.name=ffa-lora", "privacy.level=client", "privacy.noise_multiplier=1")
+TWO_TASKS = ('tasks=[{"name": "a"}, {"name": "b"}]', "continual.method=subspace", "continual.routing=false")
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["privacy.noise_multiplier=none"], r"privacy\.epsilon: set exactly one of .*, got neither"),
+        (["privacy.epsilon=8"], r"privacy\.epsilon: set exactly one of .*, got 1\.0 and 8"),
+        (["privacy.scheme=fixed-size"], r"privacy\.scheme: .*: use poisson"),
+        (["personal.steps=5"], r"personal\.steps: .*: leave it at 0"),
+        (
+            ["method.name=flora"],
+            r"method\.name: whole clients are private in sums .*: use fed-sb, fedit, ffa-lora, rolora",
+        ),
+        (
+            ["method.name=fedit", "lora.ranks=8,4"],
+            r"lora\.ranks: fedit pads .*: give all one rank, or use fed-sb, ffa-",
+        ),
+        (["method.name=fed-sb"], r"method\.basis: fed-sb's first round takes the clients' factors .*: use random"),
+        (
+            ["rounds.fraction=0.5"],
+            r"rounds\.sampling: epsilon is counted for clients that are drawn each .*: use poisson",
+        ),
+        (["robust.rule=median"], r"robust\.rule: what median keeps depends on all clients .*; use none"),
+        (["privacy.noise=clients"], r"privacy\.noise: each client adds only its share, .*: set secure\.on=true, or"),
+        (["privacy.rows=9"], r"privacy\.rows: has no effect while privacy\.level is client"),
+        (["privacy.sampling=0.5"], r"privacy\.sampling: has no effect while privacy\.level is client"),
+        ([*TWO_TASKS, "continual.routing=true"], r"continual\.routing: .*: set it to false"),
+        ([*TWO_TASKS, "continual.effects=true"], r"continual\.effects: .*: set it to false"),
+        ([*TWO_TASKS, "continual.method=input-aware"], r"continual\.method: input-aware: .*: use subspace, o-lora"),
+        (
+            [*TWO_TASKS, "continual.method=ewc", "method.name=fedit", "lora.ranks=8"],
+            r"continual\.method: ewc: its Fisher information .*: use subspace",
+        ),
+        (
+            ["secure.on=true", "method.name=flora", "secure.columns=8"],
+            r"secure\.columns: a sketch is two sums, .*: use a method that is one sum, e\.g\. ffa-lora",
+        ),
+        (["secure.on=true", "secure.bound=50"], r"secure\.bound: has no effect where whole clients .*privacy\.clip is"),
+        (["secure.on=true", "secure.examples=50"], r"secure\.examples: has no effect where whole clients are private"),
+    ],
+)
+def test_what_client_level_privacy_cannot_go_with(sets: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(overrides=[*CLIENT_LEVEL, *sets])
+
+
+@pytest.mark.parametrize("key", ["noise=clients", "quantile=0.5"])
+@pytest.mark.parametrize("level", ["none", "example"])
+def test_what_only_client_level_reads(key: str, level: str) -> None:
+    sets = ["privacy.noise_multiplier=1", "privacy.rows=99", "data.holdout=0"] if level == "example" else []
+    with pytest.raises(ConfigError, match=f"has no effect while privacy.level is {level}"):
+        load_config(overrides=[f"privacy.level={level}", *sets, f"privacy.{key}"])
+
+
+@pytest.mark.parametrize(
+    "sets",
+    [
+        ["method.name=fedit", "lora.ranks=8"],
+        ["method.name=rolora"],
+        ["method.name=fed-sb", "method.basis=random"],
+        ["rounds.fraction=0.5", "rounds.sampling=poisson", "privacy.quantile=0.5"],
+        ["training.local_epochs=1", "training.optimizer_state=keep", "wire.up=int8", "rounds.max_norm=3"],
+        ["secure.on=true", "privacy.noise=clients", "privacy.quantile=0.5"],
+        ["server.optimizer=momentum", "data.holdout=0.1"],
+        list(TWO_TASKS),
+        [*TWO_TASKS, "method.name=fedit", "lora.ranks=8", "continual.method=replay"],
+    ],
+)
+def test_what_client_level_privacy_goes_with(sets: list[str]) -> None:
+    assert load_config(overrides=[*CLIENT_LEVEL, *sets]).privacy.level == "client"

@@ -4,9 +4,8 @@ What must be bounded is the norm of the arrays that are summed, all factors and 
 on the product B A bounds nothing while the factors are released: (t B)(A / t) is the same product for every t, and the
 factors' norm grows without end. Only where A is frozen with orthonormal rows are the two norms one and the same.
 
-A release is `sum over drawn clients of w_i clip(change_i) / (q W) + noise`, with weights w_i in [0, w_max] and a public
-denominator: q the sampling probability, W the planned weight of the whole population. Nothing here divides by the
-weight that was drawn, which is private, and which one client's weight could change for all.
+What is divided by afterwards is a fixed, public number (`fedlora.privacy.clients`). Nothing divides by the weight that
+was drawn, which is private, and which one client's weight could change for all.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fedlora.adapter import Array
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.privacy.noise import Noise
 
-__all__ = ["AdaptiveClip", "clip_jointly", "joint_norm", "sensitivity", "weighed"]
+__all__ = ["AdaptiveClip", "clip_jointly", "joint_norm"]
 
 
 def joint_norm(arrays: Mapping[str, Array]) -> float:
@@ -53,30 +52,6 @@ def clip_jointly(arrays: Mapping[str, Array], clip: float) -> tuple[dict[str, Ar
     # Rounding to float32 adds at most 2^-24 of each value. Below the bound by so much, nothing needs scaling.
     factor = 1.0 if norm <= clip * (1.0 - 2.0**-23) else clip / norm * (1.0 - 2.0**-23)
     return {key: (np.asarray(x, np.float64) * factor).astype(np.float32) for key, x in arrays.items()}, norm
-
-
-def weighed(arrays: Mapping[str, Array], weight: float, bound: float) -> dict[str, Array]:
-    """Clipped arrays times the client's weight, float32.
-
-    Raises: ConfigError if the weight is not from 0 to `bound`: a heavier client would be less protected than is said.
-    """
-    if not 0.0 <= weight <= bound < math.inf:
-        raise ConfigError(f"a client's weight must be from 0 to the public bound {bound:g}, got {weight}")
-    return {key: (weight * np.asarray(x, np.float64)).astype(np.float32) for key, x in arrays.items()}
-
-
-def sensitivity(clip: float, *, weight_bound: float = 1.0, sampling: float = 1.0, total_weight: float) -> float:
-    """How far one client more or less moves the release, in L2: `w_max C / (q W)`.
-
-    The noise's standard deviation is this times the noise multiplier. `total_weight`: W, of the whole population, a
-    public number of the plan. Raises: ConfigError if a number is out of its range.
-    """
-    for name, value in (("clip", clip), ("weight bound", weight_bound), ("total weight", total_weight)):
-        if not (math.isfinite(value) and value > 0.0):
-            raise ConfigError(f"the {name} must be finite and above 0, got {value}")
-    if not 0.0 < sampling <= 1.0:
-        raise ConfigError(f"a sampling probability must be above 0 and at most 1, got {sampling}")
-    return weight_bound * clip / (sampling * total_weight)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from fedlora.continual.tasks import rounds_in_all
 from fedlora.errors import ConfigError
 from fedlora.privacy.accounting import Event, Unit, advice, epsilon, noise_multiplier
 from fedlora.privacy.budget import planned_steps, step_sampling
-from fedlora.privacy.clients import planned_releases
+from fedlora.privacy.clients import client_privacy, planned_releases
 from fedlora.report.charts import Series, line_chart
 from fedlora.state import Layout
 
@@ -98,7 +98,7 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
     rows = []
     for z in noises:
         events = [Event(noise_multiplier=z, sampling=sampling, times=times)]
-        ratios = [z * math.sqrt(m) / mean for m in trained]
+        ratios = [_on_updates(config, z) * math.sqrt(m) / mean for m in trained]
         rows.append(
             Row(
                 epsilon=epsilon(events, delta),
@@ -107,8 +107,6 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
                 advice=advice("client" if own.level == "client" else "example", units, events, delta),
             )
         )
-    whole = [Event(noise_multiplier=1.0, sampling=config.rounds.fraction, times=rounds)]
-    spent = f"epsilon {epsilon(whole, 0.1 / clients):.1f} at delta {0.1 / clients:g}"
     up = [round(4 * m * clients * config.rounds.fraction * rounds) for m in trained]
     return Plan(
         unit="client" if own.level == "client" else "example",
@@ -123,8 +121,21 @@ def plan(config: RunConfig, layout: Layout) -> Plan:
         trained=trained,
         upload=(up[0], up[1], up[2]),
         noise=tuple(rows),
-        whole_clients="" if own.level == "client" else advice("client", clients, whole, 0.1 / clients) or spent,
+        whole_clients="" if own.level == "client" else _whole_clients(clients, rounds, config.rounds.fraction),
     )
+
+
+def _on_updates(config: RunConfig, noise_multiplier: float) -> float:
+    """The noise multiplier of the updates alone, which is more where the clip follows a count that is noised too."""
+    known = config.privacy.model_copy(update={"noise_multiplier": noise_multiplier, "epsilon": None})
+    terms = client_privacy(config.model_copy(update={"privacy": known}))
+    return noise_multiplier if terms is None else terms.multiplier
+
+
+def _whole_clients(clients: int, rounds: int, fraction: float) -> str:
+    """What noise as large as the clip on each round's sum would promise to whole clients."""
+    events, delta = [Event(noise_multiplier=1.0, sampling=fraction, times=rounds)], 0.1 / clients
+    return advice("client", clients, events, delta) or f"epsilon {epsilon(events, delta):.1f} at delta {delta:g}"
 
 
 def _with_rows(config: RunConfig) -> tuple[RunConfig, int]:

@@ -118,8 +118,11 @@ class Spent(TypedDict):
     delta: float
     noise_multiplier: float
     clip: float
-    sampling: float  # of a row, in a step
-    steps: int  # counted so far
+    sampling: float  # that is counted: of a row, in a step; at client level of a client, in a round
+    steps: int  # counted so far; at client level, sums
+    noise_by: NotRequired[str]  # client level: server or clients, of whom `parties` are in every sum
+    parties: NotRequired[int]
+    quantile: NotRequired[float | None]  # that the clip follows
 
 
 class Aggregate(TypedDict):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedlora.errors import ConfigError, TrainingError
 from fedlora.privacy.accounting import gaussian_epsilon
-from fedlora.privacy.clipping import AdaptiveClip, clip_jointly, joint_norm, sensitivity, weighed
+from fedlora.privacy.clipping import AdaptiveClip, clip_jointly, joint_norm
 from fedlora.privacy.noise import Noise
 
 Arrays = dict[str, np.ndarray]
@@ -87,29 +87,10 @@ def test_with_orthonormal_frozen_rows_both_norms_are_one() -> None:
     assert joint_norm({"B:q": b}) == pytest.approx(float(np.linalg.norm(b @ basis)))
 
 
-def test_sensitivity_is_what_the_worst_client_moves() -> None:
-    clip, bound, q, total = 0.5, 3.0, 0.2, 100.0
-    want = sensitivity(clip, weight_bound=bound, sampling=q, total_weight=total)
-    assert want == pytest.approx(3.0 * 0.5 / 20.0)
-    x, _ = clip_jointly(change(1, 50.0), clip)
-    with_it = flat(weighed(x, bound, bound)) / (q * total)
-    assert np.linalg.norm(with_it) <= want
-    assert np.linalg.norm(with_it) == pytest.approx(want, rel=1e-6)
-
-
 def test_refusals() -> None:
-    for weight in (-0.1, 1.1, math.nan, math.inf):
-        with pytest.raises(ConfigError, match="weight must be from 0 to the public bound 1"):
-            weighed(change(0, 1.0), weight, 1.0)
     for clip in (0.0, -1.0, math.nan, math.inf):
         with pytest.raises(ConfigError, match="a clip must be finite and above 0"):
             clip_jointly(change(0, 1.0), clip)
-        with pytest.raises(ConfigError, match="the clip must be finite"):
-            sensitivity(clip, total_weight=1.0)
-    with pytest.raises(ConfigError, match="sampling probability"):
-        sensitivity(1.0, sampling=0.0, total_weight=1.0)
-    with pytest.raises(ConfigError, match="the total weight must be finite"):
-        sensitivity(1.0, total_weight=0.0)
 
 
 @pytest.mark.parametrize("start", [0.001, 1000.0])

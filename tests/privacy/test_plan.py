@@ -82,3 +82,41 @@ def test_printed_and_drawn(tmp_path: Path) -> None:
 def test_the_picture_has_a_line_for_each_target() -> None:
     drawn = picture(plan(load_config(None, ["rounds.count=2", *ALL]), LAYOUT))
     assert drawn.count("<polyline") == len(TARGETS)
+
+
+WHOLE = ("privacy.level=client", "privacy.noise_multiplier=4", "method.name=ffa-lora", "rounds.sampling=poisson")
+
+
+@pytest.mark.parametrize("secure", [False, True])
+def test_whole_clients_by_hand(secure: bool) -> None:
+    """One release a round; amplified only where nobody sees who was drawn; the mean over q K clients."""
+    more = ("rounds.fraction=0.5", f"secure.on={str(secure).lower()}")
+    found = plan(load_config(None, [*WHOLE, "lora.ranks=2", "rounds.clients=12", "rounds.count=5", *more]), LAYOUT)
+    assert (found.unit, found.clients, found.rounds, found.steps, found.rows) == ("client", 12, 5, 5, 12)
+    assert found.sampling == (1.0 if secure else 0.5)
+    [row] = found.noise
+    assert row.ratios == pytest.approx([4 * math.sqrt(m) / (0.5 * 12) for m in found.trained])
+    whole = gaussian_epsilon(math.sqrt(5) / 4, 1e-5)
+    assert row.epsilon == whole if secure else 0.3 * whole < row.epsilon < 0.7 * whole
+    assert found.whole_clients == ""
+
+
+def test_whole_clients_need_no_rows_and_no_steps_and_a_task_is_a_release() -> None:
+    tasks = 'tasks=[{"name": "a"}, {"name": "b"}]'
+    way = ("continual.method=subspace", "continual.routing=false", "training.local_epochs=1", "data.name=rows.csv")
+    found = plan(load_config(None, [*WHOLE, *way, tasks, "rounds.count=3"]), LAYOUT)
+    assert (found.rounds, found.steps) == (6, 6)
+    assert found.noise[0].epsilon == gaussian_epsilon(math.sqrt(6) / 4, 1e-5)
+
+
+def test_ten_whole_clients_are_told_to_use_the_other_level() -> None:
+    sets = ("privacy.level=client", "privacy.noise_multiplier=1", "method.name=ffa-lora", "rounds.count=20")
+    found = plan(load_config(None, [*sets, "privacy.delta=0.01"]), LAYOUT)
+    spent = gaussian_epsilon(math.sqrt(20), 0.01)
+    assert f"10 clients, client level: epsilon {spent:.1f} at delta 0.01 promises" in found.noise[0].advice
+    console = Console(record=True, width=200, file=io.StringIO())
+    show(load_config(None, sets), LAYOUT, console, None)
+    text = console.export_text()
+    for part in ("10 clients, each private as a whole; 20 rounds, 20 noised sums", "in one round", "use example level"):
+        assert part in text
+    assert "Whole clients (level=client)" not in text

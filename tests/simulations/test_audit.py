@@ -5,38 +5,37 @@ Coins and canaries are of fixed seeds, and so are the keys of the noise here, so
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
-from collections.abc import Callable, Mapping
+import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from rich.console import Console
 
-import fedlora.training.private as private_module
-from fedlora.adapter import Array
+import fedlora.training.private as private_training
+import strategies.private as private_sums
 from fedlora.audit_command import record, show, show_inversion, write
 from fedlora.base import Base, load_base
-from fedlora.config import ModelConfig, load_config
+from fedlora.config import ModelConfig, load_config, to_toml
 from fedlora.data.rows import TokenRow
 from fedlora.errors import CheckpointError, ConfigError
 from fedlora.privacy.accounting import Event, Privacy, gaussian_epsilon
+from fedlora.privacy.clients import ClientPrivacy
 from fedlora.privacy.ledger import Key, Ledger, Terms
 from fedlora.privacy.noise import Noise
 from fedlora.provenance import Base as ManifestBase
 from fedlora.provenance import Code, Manifest, read_manifest
-from fedlora.training.private import PrivateGradient
-from simulations.audit import ClientAudit, RowAudit, Sum, audit_clients, audit_losses, audit_rows
+from fedlora.report.log import RunLog
+from server.releases import Releases
+from simulations.audit import ClientAudit, RowAudit, audit_clients, audit_losses
 from simulations.audit_run import audit_ledgers, audit_run, inversion
 from simulations.inversion import KINDS, invert, update
+from simulations.planted import CLIENT_FAULTS, ROW_FAULTS, clients_with, noise_of, rows_with
 
-CLIENTS = ClientAudit(
-    canaries=200, rounds=8, noise_multiplier=2.0, shapes=(("A:m", (4, 50)), ("B:m", (50, 4)), ("head:w", (4, 50)))
-)
+CLIENTS = ClientAudit(canaries=200, rounds=8, noise_multiplier=2.0, rank=4, width=50)
 ROWS = RowAudit(
     privacy=Privacy(clip=0.5, noise_multiplier=1.0, sampling=1.0, expected=32.0),
     canaries=32,
@@ -45,55 +44,12 @@ ROWS = RowAudit(
 )
 
 
-def keys(seed: int) -> Callable[[], bytes]:
-    counter = itertools.count()
-    return lambda: hashlib.sha256(f"{seed}:{next(counter)}".encode()).digest()
-
-
-def noise_of(factor: float, key: Callable[[], bytes]) -> Callable[[], Noise]:
-    """Noise `factor` times as strong as asked for, each time of another key."""
-
-    class Scaled(Noise):
-        def normal(self, shape: tuple[int, ...], sd: float) -> np.ndarray:
-            return super().normal(shape, sd * factor)
-
-    return lambda: Scaled._with_key(key())
-
-
 # -- clients
-
-
-def faulty(fault: str, seed: int) -> Callable[[ClientAudit], Sum]:
-    key = keys(seed) if fault != "replayable" else lambda: bytes(32)
-    make_noise = noise_of({"half noise": 0.5, "a tenth": 0.1}.get(fault, 1.0), key)
-
-    class Audited(Sum):
-        def __init__(self, settings: ClientAudit) -> None:
-            super().__init__(settings)
-            self.noise = make_noise()
-
-        def clipped(self, update: Mapping[str, Array]) -> Mapping[str, Array]:
-            if fault == "no clip":
-                return update
-            if fault == "clipped one by one":
-                return {k: super(Audited, self).clipped({k: x})[k] for k, x in update.items()}
-            if fault == "head unclipped":
-                return {**super().clipped(update), "head:w": update["head:w"]}
-            return super().clipped(update)
-
-        def charge(self, ledger: Ledger, number: int) -> None:
-            if fault != "forgotten charges" or number % 4 == 0:
-                super().charge(ledger, number)
-
-    return Audited
-
-
-FAULTS = ["half noise", "a tenth", "no clip", "clipped one by one", "head unclipped", "replayable", "forgotten charges"]
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_correct_sum_passes(seed: int) -> None:
-    found = audit_clients(CLIENTS, faulty("none", seed), harness=np.random.default_rng(seed))
+    found = clients_with("none", CLIENTS, seed)
     assert not found.flagged
     assert found.claimed == pytest.approx(gaussian_epsilon(8**0.5 / 2.0, 1e-5))
     assert found.bounds[0].mu == pytest.approx(8**0.5 / 2.0, abs=0.5)
@@ -101,76 +57,53 @@ def test_the_correct_sum_passes(seed: int) -> None:
     assert found.auc > 0.6
 
 
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", CLIENT_FAULTS)
 def test_faulty_sums_are_flagged(fault: str) -> None:
-    found = audit_clients(CLIENTS, faulty(fault, 0), harness=np.random.default_rng(0))
+    found = clients_with(fault, CLIENTS, 0)
     assert found.flagged, str(found.best)
 
 
-def test_noise_that_can_be_drawn_again_is_seen_by_the_replay_alone() -> None:
-    found = audit_clients(CLIENTS, faulty("replayable", 0), harness=np.random.default_rng(0))
+def test_what_was_planted_is_taken_out_again() -> None:
+    kept = [vars(private_sums)["Noise"], vars(private_sums)["clip_jointly"], vars(ClientPrivacy)["sd"], Releases.charge]
+    state = random.getstate()
+    for fault in CLIENT_FAULTS:
+        clients_with(fault, replace(CLIENTS, canaries=5, rounds=1), 0)
+    now = [vars(private_sums)["Noise"], vars(private_sums)["clip_jointly"], vars(ClientPrivacy)["sd"], Releases.charge]
+    assert all(one is other for one, other in zip(kept, now, strict=True))
+    assert random.getstate() == state
+
+
+def test_noise_that_can_be_drawn_again_is_seen_by_the_replay_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = clients_with("replayable", CLIENTS, 0)
     plain = [b.epsilon for b in found.bounds if "replayed" not in b.attack]
     assert max(plain) <= found.claimed
     assert found.auc == 1.0
-
-    class Global(Sum):  # numpy's own generator, as a library might
-        def release(self, updates: Any) -> Any:
-            self.noise.normal = lambda shape, sd: np.random.normal(0.0, sd, shape)  # type: ignore[method-assign]
-            return super().release(updates)
-
-    assert audit_clients(CLIENTS, Global, harness=np.random.default_rng(0)).flagged
+    monkeypatch.setattr(Noise, "normal", lambda self, shape, sd: np.random.normal(0.0, sd, shape))  # as a library might
+    assert audit_clients(CLIENTS, harness=np.random.default_rng(0)).flagged
 
 
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match="from 3 to 200 canaries fit in each array, got 500"):
         audit_clients(replace(CLIENTS, canaries=500))
+    with pytest.raises(ConfigError, match="or none; got 'x'"):
+        clients_with("x", CLIENTS, 0)
 
 
 # -- rows
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, fault: str, seed: int) -> None:
-    """Put a fault into the training code itself."""
-    key = keys(seed) if fault != "replayable" else lambda: bytes(32)
-    factor = {"half noise": 0.5, "a tenth": 0.1}.get(fault, 1.0)
-    monkeypatch.setattr(private_module, "Noise", noise_of(factor, key))
-    if fault == "no clip":
-        clipping = PrivateGradient._add_clipped
-
-        def unclipped(self: PrivateGradient, total: Any, counted: Any) -> None:
-            kept, self.privacy = self.privacy, replace(self.privacy, clip=1e9)
-            clipping(self, total, counted)
-            self.privacy = kept
-
-        monkeypatch.setattr(PrivateGradient, "_add_clipped", unclipped)
-
-
-def caught(base: Base, monkeypatch: pytest.MonkeyPatch, fault: str, settings: RowAudit, seed: int = 0) -> bool:
-    spoil(monkeypatch, fault, seed)
-    if fault == "forgotten charges":  # four steps ran, one was charged
-        charged = replace(settings, steps=1).claimed
-        found = audit_rows(base, replace(settings, steps=4), harness=np.random.default_rng(seed))
-        return replace(found, claimed=charged).flagged
-    return audit_rows(base, settings, harness=np.random.default_rng(seed)).flagged
-
-
-ROW_FAULTS = ["half noise", "a tenth", "no clip", "replayable", "forgotten charges"]
-
-
 @pytest.mark.parametrize(
     "fault", ["none", "half noise", *(pytest.param(fault, marks=pytest.mark.slow) for fault in ROW_FAULTS[1:])]
 )
-def test_private_training_is_audited(load: Callable[..., Base], monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    assert caught(load("llama"), monkeypatch, fault, ROWS) == (fault != "none")
+def test_private_training_is_audited(load: Callable[..., Base], fault: str) -> None:
+    assert rows_with(fault, load("llama"), ROWS, 0).flagged == (fault != "none")
 
 
-def test_losses_tell_without_noise_and_hardly_with_it(
-    load: Callable[..., Base], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spoil(monkeypatch, "none", 0)
+def test_losses_tell_without_noise_and_hardly_with_it(load: Callable[..., Base]) -> None:
     privacy = replace(ROWS.privacy, noise_multiplier=4.0)
     settings = replace(ROWS, privacy=privacy, steps=20, repeats=2, learning_rate=2e-2)
-    found = audit_losses(load("llama"), settings, harness=np.random.default_rng(0))
+    with noise_of("none", 0, private_training):
+        found = audit_losses(load("llama"), settings, harness=np.random.default_rng(0))
     assert not found.flagged
     assert found.settings["auc_without_privacy"] > 0.9
     assert found.auc < 0.8
@@ -248,8 +181,24 @@ def test_ledgers_beside_the_log(tmp_path: Path) -> None:
         audit_ledgers(damaged)
 
 
+def test_the_servers_ledger_of_whole_clients_beside_the_log(tmp_path: Path) -> None:
+    sets = ["method.name=ffa-lora", "privacy.level=client", "privacy.noise_multiplier=2", "rounds.count=3"]
+    config = load_config(None, sets)
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    (tmp_path / "run-id").write_text("r1")
+    books, log = Releases(config, tmp_path, "r1", begun=False), RunLog(tmp_path)
+    for number in (1, 2, 3):
+        if number < 3:
+            books.charge(number)
+        log.append({"event": "round", "round": number, "clients": [], "privacy": books.told()})
+    books.close()
+    [found] = audit_ledgers(tmp_path)
+    assert (found.client, found.rounds, found.charged_steps, found.uncharged) == ("the server", 3, 2, (3,))
+    assert found.flagged
+
+
 def test_a_manifest_carries_the_last_audit_beside_its_claim(tmp_path: Path) -> None:
-    findings = [audit_clients(CLIENTS, faulty("none", 0), harness=np.random.default_rng(0))]
+    findings = [clients_with("none", CLIENTS, 0)]
     [lost] = audit_ledgers(private_run(tmp_path / "lost", charged=(1,)))
     assert "no manifest yet" in record(tmp_path, findings, [])
     claimed = Manifest(
@@ -295,6 +244,6 @@ def test_a_run_is_audited_at_its_own_settings(tmp_path: Path) -> None:
 
 @pytest.mark.slow  # the embedded base, all faults
 @pytest.mark.parametrize("fault", ["none", *ROW_FAULTS])
-def test_private_training_of_the_embedded_base_is_audited(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+def test_private_training_of_the_embedded_base_is_audited(fault: str) -> None:
     settings = RowAudit(privacy=Privacy(clip=1.0, noise_multiplier=1.0, sampling=1.0, expected=64.0))
-    assert caught(load_base(ModelConfig()), monkeypatch, fault, settings) == (fault != "none")
+    assert rows_with(fault, load_base(ModelConfig()), settings, 0).flagged == (fault != "none")

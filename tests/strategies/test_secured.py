@@ -6,6 +6,7 @@ answer goes over the wire.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from scipy.stats import chi2
 
 import strategies
 from clients import sums
@@ -22,6 +24,9 @@ from clients.memory import Memory
 from fedlora.config import ConfigError, MethodConfig, SecureConfig, load_config
 from fedlora.config_secure import LINEAR, NESTED
 from fedlora.errors import FedLoRAError, MethodError, RoundFailed
+from fedlora.privacy.accounting import Event
+from fedlora.privacy.clients import ClientPrivacy
+from fedlora.privacy.secagg.fixed_point import FixedPoint
 from fedlora.privacy.secagg.refusal import Refused
 from fedlora.rng import stream
 from fedlora.state import (
@@ -36,6 +41,7 @@ from fedlora.state import (
 )
 from fedlora.wire import decode_answer, decode_ask, encode_answer, encode_ask
 from strategies.base import Closed, Cohort, Member, Method, SumSession, get
+from strategies.private import clip_now
 from strategies.secured import secured
 
 BASE = "ab" * 32
@@ -251,6 +257,18 @@ def test_a_process_that_ended_has_dropped_out_and_keeps_its_promise(parties: lis
         summed("ffa-lora", state, parties, attempt=1)
 
 
+def test_a_vector_that_was_sent_is_not_sent_again_while_its_sum_could_be_opened_without_its_owner(
+    parties: list[Party],
+) -> None:
+    """A server that leaves one client out of the unmasking opens its vector all the same, by the others' shares."""
+    state = opened("ffa-lora", parties)
+    parties[0].gone = "confirm"
+    assert summed("ffa-lora", state, parties[:4]).report["summed"] == 4.0
+    parties[0].gone = ""
+    with pytest.raises(Refused, match="could still be opened"):
+        summed("ffa-lora", state, [parties[0], *parties[4:]], attempt=1)
+
+
 def test_no_message_holds_an_update(parties: list[Party]) -> None:
     """The masked words of one client are not those of its update, and have nothing in common with them."""
     state = opened("ffa-lora", parties)
@@ -385,3 +403,273 @@ def test_what_cannot_be_combined(sets: list[str], what: str) -> None:
         load_config(None, ["secure.on=true", *sets])
     with pytest.raises(ConfigError, match=r"has no effect while secure.on is false"):
         load_config(None, ["secure.bound=50"])
+
+
+# ---- whole clients private ------------------------------------------------------------------------------------------
+
+TERMS = ClientPrivacy(clip=1e3, noise_multiplier=1e-12, sampling=1.0, counted=1.0, population=6)
+OWN = replace(TERMS, clip=1.0, noise_multiplier=2.0, by="clients", parties=3)
+
+
+@dataclass
+class Books:
+    """The events that clients were asked to charge, by client, with how often each had trained by then."""
+
+    charged: dict[str, list[tuple[Event, int]]] = field(default_factory=dict)
+
+    def whole(
+        self,
+        name: str,
+        state: GlobalState,
+        parties: list[Party],
+        terms: ClientPrivacy,
+        *,
+        settings: SecureConfig = SETTINGS,
+        edit: Callable[[Ask], Ask] = lambda ask: ask,
+        **more: Any,
+    ) -> Closed:
+        """One round of sums under these terms; every client charges what it is asked to."""
+        by_id, number = {p.id: p for p in parties}, more.get("number", 1)
+        base: Any = SimpleNamespace(fingerprint=BASE, layout=LAYOUT)
+
+        def say(client: str, ask: Ask) -> Answer | None:
+            party = by_id[client]
+            assert ask.secure is not None
+            order = ("advertise", "share", "mask", "confirm", "unmask")
+            if party.gone and order.index(ask.secure.stage) >= order.index(party.gone):
+                return None
+            header = Header(run="run", round=number, client=client, kind="secure", base=BASE)
+            _, ask = decode_ask(encode_ask(header, edit(ask)), max_bytes=10**7)
+            said = sums.answered(
+                header,
+                ask,
+                base=base,
+                key=party.key,
+                memory=party.memory,
+                trusted=None,
+                train=lambda: party.honest(ask),
+                charge=lambda event: self.charged.setdefault(client, []).append((event, party.trained)),
+            )
+            return decode_answer(encode_answer(header, said), max_bytes=10**7, expected={})[1]
+
+        return played(secured(get(name), settings, terms), state, cohort_of(parties, **more), say)
+
+
+def trusting(name: str, state: GlobalState, parties: list[Party], terms: ClientPrivacy, **more: Any) -> Closed:
+    """One round of sums to which the server adds the noise: clients charge nothing."""
+    by_id = {p.id: p for p in parties}
+    method = secured(get(name), more.pop("settings", SETTINGS), terms)
+    number = more.get("number", 1)
+    return played(method, state, cohort_of(parties, **more), lambda c, ask: by_id[c].summed(ask, number))
+
+
+def equal_rows(parties: list[Party], name: str) -> None:
+    for party in parties:
+        party.examples, party.rank = 10, party.rank if name in NESTED else 4
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_without_clip_and_noise_whole_clients_make_the_state_of_the_plain_method(
+    name: str, parties: list[Party]
+) -> None:
+    equal_rows(parties, name)
+    state = opened(name, parties)
+    closed = trusting(name, state, parties, replace(TERMS, clip=50.0))
+    close(closed.state, plain(name, state, parties))
+    assert closed.report.keys() >= {"summed", "clip"}
+    assert closed.report.keys().isdisjoint({"loss_before", "loss_after", "clipped", "examples", "aggregation_error"})
+    assert (closed.report["summed"], closed.clients) == (6.0, {})
+
+
+def moved_by(closed: Closed, state: GlobalState) -> np.ndarray:
+    """What B and the head moved by, as one vector: under ffa-lora the release itself."""
+    old, new = state.open_task, closed.state.open_task
+    assert old.pair is not None
+    assert new.pair is not None
+    parts = [new.pair[n].b.astype(float) - f.b for n, f in sorted(old.pair.items())]
+    parts += [new.extras[n].astype(float) - x for n, x in sorted(old.extras.items())]
+    return np.concatenate([x.ravel() for x in parts])
+
+
+def test_the_server_sees_sums_whose_noise_the_clients_made(
+    parties: list[Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Six add the shares of three, so the sum has sqrt(2) of what is promised; the server draws nothing.
+
+    Chi-square; it fails wrongly once in 10^9 runs.
+    """
+    monkeypatch.setattr("strategies.secured.Noise", None)
+    state, books, found = opened("ffa-lora", parties), Books(), []
+    monkeypatch.setattr(
+        Party,
+        "honest",
+        lambda self, ask: Answer(
+            examples=1,
+            arrays={
+                k: np.zeros(s, np.float32)
+                for k, s in expected_arrays(replace(ask, secure=None, message=b""), LAYOUT).items()
+            },
+        ),
+    )
+    for number in range(1, 5):
+        closed = books.whole("ffa-lora", state, parties, OWN, number=number, attempt=number)
+        found.append(moved_by(closed, state) * OWN.expected)
+        assert closed.report["summed"] == 6.0
+    x = np.concatenate(found)
+    made = math.sqrt(6 / 3) * OWN.sd() * 1.001  # a thousandth for what rounding adds to a clip
+    low, high = chi2.ppf([5e-10, 1 - 5e-10], len(x))
+    assert low < float(x @ x) / made**2 < high
+    assert len(np.unique(x)) > 0.99 * len(x)
+    assert books.charged.keys() == {p.id for p in parties}
+    for told in books.charged.values():
+        assert [event for event, _ in told] == [told[0][0]] * 4
+        assert 2.0 <= told[0][0].noise_multiplier < 2.0 * (1 + 1e-8)
+        assert told[0][0].sampling == 1.0
+
+
+def test_a_client_charges_before_it_trains_and_a_retry_comes_with_the_same_event(parties: list[Party]) -> None:
+    state, books = opened("ffa-lora", parties), Books()
+    for party in parties[:4]:
+        party.gone = "mask"
+    with pytest.raises(RoundFailed):
+        books.whole("ffa-lora", state, parties, OWN)
+    for party in parties[:4]:
+        party.gone = ""
+    books.whole("ffa-lora", state, parties, OWN, attempt=1)
+    for party in parties:
+        (first, before), (second, after) = books.charged[party.id]
+        assert (before, after) == (0, 1)
+        assert first == second
+
+
+def test_the_noise_of_a_sum_is_never_drawn_twice_alike(parties: list[Party], monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[np.ndarray] = []
+    inner = sums.own_noise
+
+    def caught(*args: Any) -> Any:
+        drawn.append(inner(*args))
+        return drawn[-1]
+
+    monkeypatch.setattr(sums, "own_noise", caught)
+    state = opened("ffa-lora", parties)
+    for number in (1, 2):
+        Books().whole("ffa-lora", state, parties, OWN, number=number, attempt=number)
+    assert len(drawn) == 12
+    assert all(np.mean(x == y) < 0.1 for i, x in enumerate(d[:-4] for d in drawn) for y in (e[:-4] for e in drawn[:i]))
+
+
+@pytest.mark.parametrize("quantile", [None, 0.5])
+def test_the_sum_is_divided_by_the_plan_and_the_count_moves_the_clip(
+    quantile: float | None, parties: list[Party]
+) -> None:
+    state = opened("ffa-lora", parties)
+    terms = replace(TERMS, clip=50.0, sampling=0.5, population=100, quantile=quantile)
+    closed = trusting("ffa-lora", state, parties, terms)
+    equal_rows(parties, "ffa-lora")
+    want = moved_by(Closed(state=plain("ffa-lora", state, parties), report={}), state) * 6 / 50
+    np.testing.assert_allclose(moved_by(closed, state), want, atol=1e-5)
+    now = clip_now(terms, closed.state).clip
+    if quantile is None:
+        assert now == 50.0
+    else:  # six of fifty within: the fraction is 1/2 + 3/50, the noise on it a twentieth
+        assert math.log(now / 50.0) == pytest.approx(-0.2 * 3 / 50, abs=0.2 * 0.05 * 6.5)
+        assert closed.report["clip"] == 50.0
+
+
+def test_a_round_with_too_few_for_a_sum_is_null(parties: list[Party]) -> None:
+    state = opened("ffa-lora", parties)
+    protocol = secured(get("ffa-lora"), SecureConfig(on=True, least=4), OWN).protocol(state, cohort_of(parties[:3]))
+    with pytest.raises(StopIteration) as end:
+        next(protocol)  # nobody is asked
+    closed = end.value.value
+    assert closed.state is state
+    assert closed.report == {"null": 1.0, "clip": 1.0}
+    nobody = secured(get("ffa-lora"), SETTINGS, TERMS).protocol(state, cohort_of([]))
+    with pytest.raises(StopIteration):
+        next(nobody)
+
+
+def test_a_sum_that_cannot_be_opened_moves_neither_state_nor_clip(parties: list[Party]) -> None:
+    state = opened("ffa-lora", parties)
+    for party in parties[:4]:
+        party.gone = "unmask"
+    closed = Books().whole("ffa-lora", state, parties, replace(OWN, quantile=0.5))
+    assert closed.state is state
+    assert closed.report == {"lost": 1.0}
+
+
+@pytest.mark.parametrize("quantile", [None, 0.5])
+def test_one_client_moves_the_sum_by_the_clip_at_most(
+    quantile: float | None, parties: list[Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, found = opened("ffa-lora", parties), []
+    honest = Party.honest
+    terms = replace(TERMS, clip=0.5, quantile=quantile)
+    for factor in (1.0, 1e6, 0.0):
+
+        def scaled(self: Party, ask: Ask, factor: float = factor) -> Answer:
+            said = honest(self, ask)
+            by = np.float32(factor if self is parties[0] else 1.0)
+            return replace(said, arrays={k: x * by for k, x in said.arrays.items()})
+
+        monkeypatch.setattr(Party, "honest", scaled)
+        number = len(found) + 1
+        found.append(moved_by(trusting("ffa-lora", state, parties, terms, number=number, attempt=number), state))
+    plans = [found[0] - found[2], found[1] - found[2]]  # of other seeds each round, so this bounds all six
+    assert all(np.linalg.norm(x) <= 12 * 0.5 * 1.001 / 6 for x in plans)
+
+
+def no_whole(ask: Ask) -> Ask:
+    return replace(ask, secure=replace(ask.secure, whole=None))  # type: ignore[type-var]
+
+
+def with_whole(**fields: Any) -> Callable[[Ask], Ask]:
+    def edit(ask: Ask) -> Ask:
+        assert ask.secure is not None
+        assert ask.secure.whole is not None
+        return replace(ask, secure=replace(ask.secure, whole=replace(ask.secure.whole, **fields)))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "what"),
+    [
+        (no_whole, "only with noise of its own"),
+        (with_whole(noise=0.0), "protects nothing is not joined"),
+        (with_whole(clip=0.0), "protects nothing is not joined"),
+        (with_whole(counted=True), "protects nothing is not joined"),
+        (with_whole(noise=1e30), "too coarse"),
+        (with_whole(noise=1e300), "too coarse"),
+        (with_whole(noise=40.0), "call for another grid"),
+    ],
+)
+def test_a_sum_that_would_not_protect_as_charged_is_refused_before_training(
+    edit: Callable[[Ask], Ask], what: str, parties: list[Party]
+) -> None:
+    """The server's word is not taken: noise that the grid cannot hold would wrap around to none."""
+    state, books = opened("ffa-lora", parties), Books()
+    with pytest.raises(FedLoRAError, match=what):
+        books.whole("ffa-lora", state, parties, OWN, edit=edit)
+    assert books.charged == {}
+    assert [p.trained for p in parties] == [0] * 6
+
+
+def test_a_grid_that_is_coarser_than_the_noise_calls_for_is_refused(
+    parties: list[Party], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding on it would lengthen what was clipped, by up to its double, under the same charge."""
+
+    def coarse(size: int, clients: int, whole: Any) -> FixedPoint:
+        return FixedPoint(size=size, clients=clients, bound=2.0**24)
+
+    monkeypatch.setattr("strategies.secured.coding", coarse)
+    books = Books()
+    with pytest.raises(Refused, match="call for another grid"):
+        books.whole("ffa-lora", opened("ffa-lora", parties), parties, OWN)
+    assert books.charged == {}
+
+
+def test_a_sketch_is_two_releases() -> None:
+    with pytest.raises(MethodError, match="two sums are two releases"):
+        secured(get("flora"), SKETCH, TERMS)

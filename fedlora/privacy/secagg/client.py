@@ -131,7 +131,9 @@ class Client:
                 raise Refused("shares", "not one sealed entry from each neighbour that is said to have shared")
             for entry in deliveries.sealed:
                 self._open(keys, entry)
-            self._consents.load().require_closed(present)
+            record = self._consents.load()
+            record.require_closed(present)
+            self._consents.save(record.sign(context, self._near))
             words = context.fixed_point.encode(vector, noise)
             add = [derive(keys.seed, context.digest, "self", bytes.fromhex(self.id))]
             pairs = [(peer, self._pair_key(keys.mask, peer)) for peer in peers]

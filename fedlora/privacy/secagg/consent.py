@@ -1,8 +1,9 @@
 """What a client must remember of a run so that no two sums can be subtracted from one another.
 
 Sums of the same updates over two sets of clients differ by the updates of few. So a client answers one unmasking a
-round (one for each of its parts), and never lends itself to an attempt while an earlier one that it signed could still
-be opened. The record is to be on disk before the message that it allows is sent: `Consents.save` must return only then.
+round (one for each of its parts), and never lends itself to an attempt while an earlier one, for which it sent its
+vector, could still be opened. The record is to be on disk before the message that it allows is sent: `Consents.save`
+must return only then.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _FORMAT = "fedlora-secagg-consent-v1"
 
 @dataclass(frozen=True)
 class Signed:
-    """An attempt whose list of survivors this client signed: `threshold` of `neighbourhood` could open its vector."""
+    """An attempt for which this client sent its vector: `threshold` of `neighbourhood` could open it, without it."""
 
     attempt: int
     threshold: int
@@ -73,13 +74,13 @@ class Consent:
         return replace(self, part=2, signed=())
 
     def require_closed(self, present: Collection[str]) -> None:
-        """No earlier attempt that the client signed can be opened, given who is `present` in the latest one.
+        """No earlier attempt that has the client's vector can be opened, given who is `present` in the latest one.
 
         Whoever is present never answers for an earlier attempt. With t of the s in that attempt's neighbourhood
         present, c of them helping the server, at most s - t + c answer: too few for this client's seed while
         c < 2t - s, which is what unmasking itself bears. So the earlier sum stays closed. `present` are neighbours of
         the latest attempt, the only ones of whom a client has proof: on a sparse graph that was drawn for another
-        roster they are rarely enough, and a round that failed after its survivors were signed is then lost.
+        roster they are rarely enough, and a round that failed after its vectors were sent is then lost.
         Raises: Refused if fewer than t are present.
         """
         for old in self.signed:
@@ -92,7 +93,10 @@ class Consent:
                 )
 
     def sign(self, context: Context, neighbourhood: Collection[str]) -> Consent:
-        """The record with this session's survivors signed. Raises: Refused if a later session was begun."""
+        """The record with this session's vector sent, or its survivors signed.
+
+        Raises: Refused if a later session was begun.
+        """
         self._require_latest(context)
         new = Signed(context.attempt, context.threshold, tuple(sorted(neighbourhood)))
         return replace(self, signed=(*(s for s in self.signed if s.attempt != context.attempt), new))

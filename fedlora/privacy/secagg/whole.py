@@ -1,9 +1,9 @@
 """Whole clients private in a secure sum: what each adds, its share of the noise, and the coding that holds both.
 
-    v_k = (clip_C(x_k), 1, [+-1/2])  in fixed point,  plus  rint(N(0, (2^b s)^2))  in every coordinate of x
+    v_k = (clip_C(x_k), [+-C/2])  in fixed point,  plus  rint(N(0, (2^b s)^2))  in every coordinate of x
 
 With h clients sure to be in the sum, s = z C' / sqrt(h) gives it a noise of z C' at least. C' is C and what rounding to
-the grid may add to it. Every client weighs 1 and sends no losses, so nothing else of it is in the sum.
+the grid may add to it. Every client weighs the same and sends no losses, so nothing else of it is in the sum.
 
 Rounded Gaussians inside a secure sum: after Kairouz, Liu and Steinke, ICML 2021 (arXiv 2102.06387); that rounding
 before the sum costs nothing here: `fedlora.privacy.noise`.
@@ -31,7 +31,7 @@ from fedlora.privacy.secagg.refusal import Refused
 from fedlora.privacy.secagg.update import SCALARS, padded
 from fedlora.state import Whole
 
-__all__ = ["ROUNDING", "coding", "event_of", "own_noise", "slack_of", "whole_of", "whole_vector"]
+__all__ = ["ROUNDING", "coding", "count_in", "event_of", "own_noise", "slack_of", "whole_of", "whole_vector"]
 
 ROUNDING: Final = 1e-3  # share of the clip that rounding to the grid may add to a norm; the noise covers it
 _MARGIN: Final = 1.0 + 1e-9  # so that floating point never makes noise less than was promised
@@ -75,8 +75,8 @@ def coding(size: int, clients: int, whole: Whole) -> FixedPoint:
 
     Raises: Refused where 32 bits are so few that rounding would add more than `ROUNDING` to the clip.
     """
-    bound = math.hypot(whole.clip, math.sqrt(1.25)) * _MARGIN
-    sd = max(whole.noise, whole.count_noise)
+    bound = whole.clip * math.sqrt(1.25) * _MARGIN
+    sd = _largest_noise(whole)
     bits = FixedPoint(size=size, clients=clients, bound=bound).bits
     found = None if sd else FixedPoint(size=size, clients=clients, bound=bound)
     while found is None and bits > -100:
@@ -91,7 +91,7 @@ def coding(size: int, clients: int, whole: Whole) -> FixedPoint:
         raise Refused(
             "fixed-point",
             f"32 bits are too coarse for {size} numbers of {clients} clients, a clip of {whole.clip:g} and noise of "
-            f"{sd:g} each: raise privacy.clip, or train less (fewer modules, a smaller rank)",
+            f"{sd:g} each: train less (fewer modules, a smaller rank), or ask fewer clients with less noise each",
         )
     return found
 
@@ -102,8 +102,13 @@ def whole_vector(arrays: Mapping[str, Array], into: Packing, *, ratio: float, wh
     Raises: TrainingError if a value is not finite.
     """
     update, norm = clip_jointly(padded(arrays, into.shapes, ratio), whole.clip)
-    within = (0.5 if norm <= whole.clip else -0.5) if whole.counted else 0.0
-    return into.pack(update, {"weight": 1.0, "loss_before": 0.0, "loss_after": 0.0, "clipped": within})
+    within = math.copysign(0.5 * whole.clip, whole.clip - norm) if whole.counted else 0.0
+    return into.pack(update, {**dict.fromkeys(SCALARS, 0.0), "clipped": within})
+
+
+def count_in(scalars: Mapping[str, float], clip: float) -> float:
+    """The sum of the clients' indicators in that of their vectors."""
+    return scalars["clipped"] / clip
 
 
 def own_noise(into: Packing, whole: Whole, bits: int) -> NDArray[np.int32] | None:
@@ -115,10 +120,15 @@ def own_noise(into: Packing, whole: Whole, bits: int) -> NDArray[np.int32] | Non
     if not whole.noise:
         return None
     scale, noise = 2.0**bits, Noise()
-    if not _TAIL * max(whole.noise, whole.count_noise) * scale < _LIMIT:
-        raise ConfigError(f"noise of {max(whole.noise, whole.count_noise):g} does not fit in 32 bits at {bits} of them")
+    if not _TAIL * _largest_noise(whole) * scale < _LIMIT:
+        raise ConfigError(f"noise of {_largest_noise(whole):g} does not fit in 32 bits at {bits} of them")
     drawn = np.zeros(into.size, np.int32)
     drawn[: -len(SCALARS)] = noise.grid((into.size - len(SCALARS),), whole.noise * scale)
     if whole.counted:
-        drawn[sorted(SCALARS).index("clipped") - len(SCALARS)] = noise.grid((), whole.count_noise * scale)
+        drawn[sorted(SCALARS).index("clipped") - len(SCALARS)] = noise.grid((), whole.count_noise * whole.clip * scale)
     return drawn
+
+
+def _largest_noise(whole: Whole) -> float:
+    """The largest standard deviation in any coordinate of the vector."""
+    return max(whole.noise, whole.count_noise * whole.clip)

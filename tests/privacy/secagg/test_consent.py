@@ -82,7 +82,7 @@ def test_records_are_written_before_what_they_allow(sessions: ModuleType) -> Non
     run = sessions.started(5, "unmask")
     me = run.federation.ids[0]
     memory = run.federation.consents[me]
-    assert [json.loads(h)["answered"] for h in memory.history] == [0, 0]
+    assert [json.loads(h)["answered"] for h in memory.history] == [0, 0, 0]
     assert memory.consent.signed == (Signed(0, 4, tuple(run.federation.ids)),)
 
     def full_disk(consent: Consent) -> None:
