@@ -14,8 +14,8 @@ import numpy as np
 
 from fedlora.adapter import Array
 from fedlora.config import RunConfig
-from fedlora.privacy.accounting import RELATION, epsilon
-from fedlora.privacy.budget import resolved
+from fedlora.privacy.accounting import RELATION, advice, epsilon
+from fedlora.privacy.budget import planned_steps, resolved
 from fedlora.state import Ask
 
 __all__ = ["OWNER", "Account"]
@@ -32,6 +32,7 @@ class Account:
     """
 
     def __init__(self, config: RunConfig, memory: Mapping[str, Array]) -> None:
+        self._config = config
         noise = float(memory[_NOISE][0]) if _NOISE in memory else None
         self.privacy = resolved(config, noise=noise)
         self._delta = config.privacy.delta
@@ -68,6 +69,13 @@ class Account:
             "sampling": self.privacy.sampling,
             "steps": steps,
         }
+
+    def warning(self) -> str:
+        """What is wrong with the run's promise, in plain sentences; empty if nothing is, or without privacy."""
+        if self.privacy is None or self._config.privacy.rows is None:
+            return ""
+        events = [self.privacy.event(planned_steps(self._config))]
+        return advice("example", self._config.privacy.rows, events, self._delta)
 
     def memory(self) -> dict[str, Array]:
         """What to keep under `OWNER`; empty without privacy."""

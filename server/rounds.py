@@ -175,7 +175,7 @@ class Conductor:
         self._log.append(self._start_event(roster, done, tally.refused))
         clients, strikes = len(roster.clients), dict(self._strikes)
         self._notify({"event": "start", "clients": clients, "rounds": self._rounds, "done": done, "strikes": strikes})
-        if warning := self._releases.warning():
+        if warning := self._account.warning() or self._releases.warning():
             self._notify({"event": "note", "text": warning})
         if self._tasks_evaluator is not None and done == 0:
             untrained = _by_task(self._tasks_evaluator.scores(state, task_names(self._config)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -56,6 +57,27 @@ def test_every_ask_is_to_train_with_the_resolved_noise(
     assert last == last | {"unit": "example", "relation": RELATION, "delta": 1e-5, "noise_multiplier": Z, "clip": 1.0}
     assert last["sampling"] == 1.0
     assert not any("evaluation" in e for e in here.rounds)
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (
+            (*PRIVATE, "privacy.epsilon=none", "privacy.noise_multiplier=0.1"),
+            "100 rows, example level: epsilon .* next",
+        ),
+        ((*SETS, "privacy.level=client", "privacy.noise_multiplier=0.1"), "clients, client level: epsilon .* next"),
+        (PRIVATE, ""),
+    ],
+)
+def test_a_promise_that_means_nothing_is_said_to_mean_nothing_at_the_start(
+    lab: Callable[..., Any], sets: tuple[str, ...], said: str
+) -> None:
+    here = lab()
+    here.conduct(*sets)
+    notes = [event["text"] for event in here.notes if event["event"] == "note"]
+    assert bool(notes) == bool(said)
+    assert re.search(said, "".join(notes))
 
 
 def test_the_server_scores_rows_of_its_own(lab: Callable[..., Any], asked: list[tuple[Header, Ask]]) -> None:
