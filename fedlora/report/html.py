@@ -367,9 +367,7 @@ def _sections(run: Run) -> list[dict[str, Any]]:
             "charts": _drawn(("A round", "up and down", traffic), ("In all", "up and down together", together)),
         },
         {
-            "title": "What a row may have told",
-            "text": "Epsilon of a client that took part in every round so far: each adds the noise itself, before "
-            "anything leaves it. What clients would have said of their losses stays with them.",
+            **_told(run),
             "charts": _drawn(("Epsilon", "spent in all", spent)),
         },
         {
@@ -382,6 +380,26 @@ def _sections(run: Run) -> list[dict[str, Any]]:
             ),
         },
     ]
+
+
+def _told(run: Run) -> dict[str, str]:
+    """Title and text of what was spent, by whose privacy it is and who adds the noise."""
+    terms = next((e["privacy"] for e in reversed(run.rounds) if "privacy" in e), None)
+    if terms is None or terms["unit"] != "client":
+        return {
+            "title": "What a row may have told",
+            "text": "Epsilon of a client that took part in every round so far: each adds the noise itself, before "
+            "anything leaves it. What clients would have said of their losses stays with them.",
+        }
+    who = {
+        "server": "the server adds the noise to each round's sum",
+        "clients": "each adds its share of the noise, inside a sum that hides it",
+    }[terms["noise_by"]]
+    drawn = " Who was drawn is not told here." if terms["sampling"] < 1.0 else ""
+    return {
+        "title": "What a client may have told",
+        "text": f"Epsilon of any one client with all its rows: {who}. Every round counts, also one that failed.{drawn}",
+    }
 
 
 def _error(share: float) -> str:

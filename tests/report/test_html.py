@@ -305,6 +305,34 @@ def test_without_personal_adapters_there_is_no_such_section(tmp_path: Path) -> N
     assert "ersonal" not in page(run_folder(tmp_path))[0].text.partition("All settings, as config.toml")[0]
 
 
+@pytest.mark.parametrize(
+    ("terms", "said"),
+    [
+        ({"unit": "example"}, ("What a row may have told", "each adds the noise itself", "of a training row")),
+        (
+            {"unit": "client", "noise_by": "server", "sampling": 0.5},
+            ("What a client may have told", "the server adds", "Who was drawn is not told", "of a whole client"),
+        ),
+        (
+            {"unit": "client", "noise_by": "clients", "sampling": 1.0},
+            ("What a client may have told", "each adds its share", "of a whole client"),
+        ),
+    ],
+)
+def test_whose_privacy_it_is_and_who_adds_the_noise(
+    tmp_path: Path, terms: dict[str, Any], said: tuple[str, ...]
+) -> None:
+    folder, log = tmp_path / "run", RunLog(tmp_path / "run")
+    folder.mkdir()
+    (folder / "config.toml").write_text(to_toml(load_config(None, ["rounds.count=1"])))
+    log.append({"event": "start", "run": "r", "method": "ffa-lora", "config": flat(load_config()), "clients": []})
+    spent = {"relation": "add-or-remove-one", "epsilon": 2.5, "delta": 1e-5, "clip": 1.0, "steps": 1, **terms}
+    log.append({"event": "round", "round": 1, "privacy": spent, "evaluation": {"server": {"score": 0.5}}})
+    _, text = page(folder)
+    assert all(words in text for words in said)
+    assert ("Who was drawn" in text) == (terms.get("sampling") == 0.5)
+
+
 def test_many_rounds_and_many_groups_are_thinned_out(tmp_path: Path) -> None:
     read, _ = page(run_folder(tmp_path, ["rounds.count=200"], rounds=200, groups=100))
     assert "Of 100 groups, the 20 best and the 20 worst" in read.text
