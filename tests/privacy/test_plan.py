@@ -68,9 +68,17 @@ def test_rows_must_be_known() -> None:
 
 def test_printed_and_drawn(tmp_path: Path) -> None:
     console = Console(record=True, width=140, file=io.StringIO())
-    show(load_config(None, [*NOISE, *SMALL]), LAYOUT, console, tmp_path / "eps.svg")
+    show(load_config(None, [*NOISE, *SMALL]), LAYOUT, console, tmp_path / "eps.svg", step=0.5)
     text = console.export_text()
-    for part in ("9 clients, 5 rounds, 15 steps", "4.000", "numbers trained", "Whole clients", f"{tmp_path}"):
+    for part in (
+        "9 clients, 5 rounds, 15 steps",
+        "4.000",
+        "numbers trained",
+        "Whole clients",
+        "takes 0.5 s",
+        ", 8 s of",
+        f"{tmp_path}",
+    ):
         assert part in text.replace("\n", "")
     root = ET.fromstring((tmp_path / "eps.svg").read_text())
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
