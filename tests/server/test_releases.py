@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -334,3 +335,39 @@ def test_a_promise_that_means_nothing_is_said_so_when_the_run_starts(lab: Labs) 
     assert "promises next to nothing; use example level" in text
     assert "delta 0.2 is not below 1/5" in text
     assert math.isfinite(here.rounds[0]["privacy"]["epsilon"])
+
+
+def test_where_sampling_counts_a_round_without_an_answer_is_closed_with_noise_and_not_repeated(lab: Labs) -> None:
+    def conducted(*sets: str) -> Any:
+        here = lab()
+
+        def hush(event: dict[str, Any]) -> None:
+            if event["event"] == "start":
+                here.grid.silent = set(here.clients)
+
+        here.conduct(*PRIVATE, *sets, "rounds.quorum=1", "rounds.deadline=0.2", stop=hush)
+        return here
+
+    here = conducted(*DRAWN)
+    assert [e["round"] for e in here.rounds] == [1, 2, 3]
+    assert not any(note["event"] == "retry" for note in here.notes)
+    assert len({e["state"] for e in here.rounds}) == 3  # noise moved it each time
+    with pytest.raises(RoundFailed, match="quorum"):
+        conducted()
+
+
+def test_what_a_refused_client_said_is_not_in_the_log(lab: Labs, fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    here, honest = lab(), fakes.Client.honest
+
+    def not_finite(self: Any, header: Header, ask: Ask) -> Any:
+        answer = honest(self, header, ask)
+        if header.kind == "train" and self is here.clients[0]:
+            answer = replace(answer, arrays={k: np.full_like(x, np.nan) for k, x in answer.arrays.items()})
+        return answer
+
+    monkeypatch.setattr(fakes.Client, "honest", not_finite)
+    here.conduct(*PRIVATE, "rounds.quorum=0.5")
+    refused = [r for e in here.rounds for r in e["refused"]]
+    assert refused
+    assert {r["detail"] for r in refused} == {""}
+    assert any(note["event"] == "refused" and note["detail"] for note in here.notes)  # the operator's own view
