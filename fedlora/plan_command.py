@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedlora.config import RunConfig
+from fedlora.display import counted
 from fedlora.errors import CheckpointError
 from fedlora.privacy.budget import known_steps
 from fedlora.privacy.plan import WAYS, picture, plan
@@ -26,13 +27,12 @@ def show(config: RunConfig, layout: Layout, console: Console, out: Path | None, 
     def say(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
+    clients, rounds = counted(found.clients, "client"), counted(found.rounds, "round")
     if found.unit == "client":
-        say(
-            f"{found.clients} clients, each private as a whole; {found.rounds} rounds, {found.steps} noised sums in all"
-        )
+        say(f"{clients}, each private as a whole; {rounds}, {counted(found.steps, 'noised sum')} in all")
         say(f"sampling of clients that is counted: {found.sampling:.4g}; delta {found.delta:g}")
     else:
-        say(f"{found.clients} clients, {found.rounds} rounds, {found.steps} steps of each client in all")
+        say(f"{clients}, {rounds}, {counted(found.steps, 'step')} of each client in all")
         say(
             f"a row takes part in a step with probability {found.sampling:.4g}, of {found.rows} rows; "
             f"delta {found.delta:g}"

@@ -95,6 +95,7 @@ def _facts(found: Status) -> list[tuple[str, str, str]]:
         rows.append(("score", f"{found.score.value:.1%} on {found.score.rows}, after round {found.score.round}", ""))
     if found.last_seconds is not None and found.mean_seconds is not None:
         rows.append(("a round", f"{span(found.last_seconds)} the last, {span(found.mean_seconds)} on average", ""))
+    if found.bytes_up or found.bytes_down:  # a private run may not tell
         last = f"{megabytes(found.last_bytes_up)} and {megabytes(found.last_bytes_down)} in the last round"
         rows.append(("sent", f"{megabytes(found.bytes_up)} up, {megabytes(found.bytes_down)} down; {last}", ""))
     for what, rules in (("missing", found.missing), ("refused", found.refusals)):

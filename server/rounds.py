@@ -250,7 +250,9 @@ class Conductor:
                 del event["clients"]
         strikes = {c: np.array([n], np.float64) for c, n in sorted(self._strikes.items())}
         memory = {k: x for k, x in state.memory.items() if k != STRIKES}
-        memory |= {OWNER: self._holdings.memory()} | ({STRIKES: strikes} if strikes else {})
+        if not self._releases.hidden:  # who holds what was sent says who was drawn
+            memory |= {OWNER: self._holdings.memory()}
+        memory |= {STRIKES: strikes} if strikes else {}
         memory |= {ACCOUNT: self._account.memory()} if self._account.private else {}
         state = replace(state, memory=memory)
         self._log.append(event)

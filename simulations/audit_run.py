@@ -60,7 +60,7 @@ def audit_run(folder: Path, *, quick: bool, notify: Notify) -> tuple[list[Findin
     config = load_config(folder / "config.toml")
     told = _told(read_log(folder), folder)
     if told.get("unit") == "client":
-        notify("canary clients in sums with the run's noise and clip ...")
+        notify("canary clients in sums with the run's noise and clip, without its sampling ...")
         rounds = min(int(told["steps"]), 10 if quick else 20)
         terms = {"noise_multiplier": told["noise_multiplier"], "clip": told["clip"], "delta": told["delta"]}
         clients = ClientAudit(canaries=200 if quick else 500, rounds=rounds, **terms)

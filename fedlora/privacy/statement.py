@@ -43,7 +43,7 @@ def _of_clients(told: Mapping[str, Any], secure: bool, used: str) -> str:
     if told["noise_by"] == "clients":
         who = (
             f"the clients, inside a secure sum, each 1/sqrt({told['parties']}) of it; at least {told['parties']} are "
-            "in every sum, and noise of those who deceive must be taken off. The server sees noised sums only"
+            "in every sum, and the noise of those who deceive does not count. The server sees noised sums only"
         )
     elif secure:
         who = "the server, which is trusted with each round's sum, and sees no single update, by secure aggregation"

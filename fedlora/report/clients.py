@@ -152,7 +152,7 @@ def _table(title: str, clients: Sequence[Client], everyone: Sequence[Client]) ->
         ("rank", "", lambda c: whole(c.rank), any(c.rank is not None for c in everyone)),
         ("rows", "", lambda c: whole(c.examples), any(c.examples is not None for c in everyone)),
         ("holds", "skills", _holds, any(c.groups for c in everyone)),
-        ("rounds", "", lambda c: whole(c.rounds), True),
+        ("rounds", "", lambda c: whole(c.rounds), any(c.rounds for c in everyone)),
         (
             "loss before",
             "",
@@ -196,7 +196,7 @@ def _summary(clients: Sequence[Client]) -> dict[str, Any]:
     values: list[tuple[str, list[float], Callable[[float | None], str]]] = [
         ("rank", [c.rank for c in clients if c.rank is not None], whole),
         ("rows", [c.examples for c in clients if c.examples is not None], whole),
-        ("rounds", [c.rounds for c in clients], whole),
+        ("rounds", [c.rounds for c in clients if any(d.rounds for d in clients)], whole),
         ("loss before", [c.losses[0] for c in clients if len(c.losses) > 1], decimal),
         ("loss after", [c.losses[-1] for c in clients if len(c.losses) > 1], decimal),
         *(

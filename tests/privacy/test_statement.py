@@ -58,7 +58,7 @@ def test_the_three_forms_of_client_level(fields: dict[str, Any], who: str, drawn
         assert part in found
     assert "row (unit" not in found
     assert found.isascii()
-    assert ("noise of those who deceive must be taken off" in found) == (fields.get("noise_by") == "clients")
+    assert ("the noise of those who deceive does not count" in found) == (fields.get("noise_by") == "clients")
     assert ("kept from the log" in found) == ("sampling" in fields)
 
 

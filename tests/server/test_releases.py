@@ -23,6 +23,7 @@ from fedlora.report.log import RunLog, read_log
 from fedlora.state import Ask, GlobalState, Header
 from fedlora.wire import encode_state
 from server import checkpoint
+from server.holdings import OWNER as HOLDINGS
 from server.releases import LEDGER, Releases
 
 Z = 4.0
@@ -371,3 +372,12 @@ def test_what_a_refused_client_said_is_not_in_the_log(lab: Labs, fakes: Any, mon
     assert refused
     assert {r["detail"] for r in refused} == {""}
     assert any(note["event"] == "refused" and note["detail"] for note in here.notes)  # the operator's own view
+
+
+@pytest.mark.parametrize("hidden", [True, False])
+def test_where_sampling_counts_the_checkpoints_have_no_word_of_who_was_drawn(lab: Labs, hidden: bool) -> None:
+    here = lab()
+    here.conduct(*PRIVATE, *(DRAWN if hidden else ()), "rounds.clients=3")
+    found = checkpoint.latest(here.folder / "checkpoints")
+    assert found is not None
+    assert (HOLDINGS in found[1].memory) != hidden  # who holds what was sent
