@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -9,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
+from httpx import ConnectError
 
 from fedlora.deploy import DeployFile
-from fedlora.errors import CheckpointError
+from fedlora.errors import CheckpointError, RoundFailed
 from fedlora.processes import Died
 from fedlora.watching import watcher
+from server import deployed
 from server import serve as serving
 from server.deployed import Outcome, read_outcome, write_outcome
 from server.serve import Serving, serve
@@ -159,3 +163,30 @@ def test_rounds_of_earlier_days_are_not_told_again(deploy: DeployFile, monkeypat
         one.start()
     one._tell()
     assert told == []
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [
+        (ObjectPushError("f0", 1, "a session"), None),
+        (ConnectError("refused"), None),
+        (RuntimeError("a defect"), "failed"),
+        (RoundFailed("too few"), "paused"),
+    ],
+)
+def test_a_lost_superlink_is_no_end_of_the_run(
+    deploy: DeployFile, monkeypatch: pytest.MonkeyPatch, error: Exception, state: str | None
+) -> None:
+    """Then the conductor ends without an outcome, and `fedlora server` submits the run again."""
+
+    def conduct(grid: Any, deploy: DeployFile) -> Path:
+        raise error
+
+    monkeypatch.setenv(deployed.VARIABLE, "deploy.toml")
+    monkeypatch.setattr(deployed, "end_with_parent", lambda: None)
+    monkeypatch.setattr(deployed, "read_deploy", lambda path: deploy)
+    monkeypatch.setattr(deployed, "conduct", conduct)
+    with contextlib.nullcontext() if state == "paused" else pytest.raises(type(error)):
+        deployed.main(None, None)
+    outcome = read_outcome(deploy)
+    assert (None if outcome is None else outcome.state) == state
