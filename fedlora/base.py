@@ -55,6 +55,9 @@ class Base:
     initial_head: Mapping[str, NDArray[np.float32]]  # as loaded; freshly initialised with a fixed seed if not on disk
     pad_id: int
     splits: bool  # whether logits are the output head on the last hidden states and nothing more; see `_splits`
+    classifier: nn.Module | None = (
+        None  # model.pooling=mean: gives logits `[rows, classes]` from means of hidden states
+    )
     _blocks_id: str | None = None
 
     def set_blocks(self, blocks: Sequence[Block], blocks_id: str) -> None:
@@ -134,6 +137,9 @@ def load_base(config: ModelConfig) -> Base:
     pad_id = _pad_id(model, tokenizer)
     model.config.get_text_config().pad_token_id = pad_id  # a decoder with a classifier's head looks for it in batches
     head = _head(model, fresh) if config.task_type == "sequence-classification" else {}
+    classifier = _classifier(model, head, config) if config.pooling == "mean" else None
+    if classifier is not None:  # a pooler of its own is not passed
+        head = {n: p for n, p in head.items() if any(p is own for own in classifier.parameters())}
     _keep_fp32(model, head)
     modules = _shared(model, _targets(model, config, head))
     layout = Layout(
@@ -155,6 +161,7 @@ def load_base(config: ModelConfig) -> Base:
         initial_head={n: p.detach().float().cpu().numpy().copy() for n, p in head.items()},
         pad_id=pad_id,
         splits=config.task_type == "causal-lm" and _splits(model),
+        classifier=classifier,
     )
 
 
@@ -276,6 +283,20 @@ def _head(model: Any, fresh: set[str]) -> dict[str, nn.Parameter]:
             f"model: the files lack weights of the encoder: {lost[:5]}; is this checkpoint of another model?"
         )
     return {n: p for n, p in sorted(model.named_parameters()) if not n.startswith(prefix) or n in fresh}
+
+
+def _classifier(model: Any, head: Mapping[str, Tensor], config: ModelConfig) -> nn.Module:
+    """The one linear module that can read means of hidden states. Raises: ConfigError if the head is something else."""
+    width, classes = model.config.get_text_config().hidden_size, len(config.labels)
+    owners = {n.rpartition(".")[0] for n in head if not n.startswith(f"{model.base_model_prefix}.")}
+    found = [model.get_submodule(owner) for owner in sorted(owners)]
+    if len(found) == 1 and isinstance(found[0], nn.Linear) and found[0].weight.shape == (classes, width):
+        return found[0]
+    told = ", ".join(f"{o} {type(m).__name__}" for o, m in zip(sorted(owners), found, strict=True)) or "none"
+    raise ConfigError(
+        f"model.pooling: mean needs a head of one linear module [{classes}, {width}]; {config.name!r} has {told}. Use "
+        "pooling=model"
+    )
 
 
 def _keep_fp32(model: Any, head: Mapping[str, nn.Parameter]) -> None:

@@ -108,6 +108,16 @@ class ModelConfig(_Section):
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:0")
     max_length: Positive = Field(512, description="tokens per row, prompt and answer together")
+    pooling: Literal["model", "mean"] = Field(
+        "model",
+        description="what a classifier's head reads: what the model's own class gives it (BERT: the first token, "
+        "through its pooler), or the mean of the last hidden states, as sentence encoders are pre-trained",
+    )
+    head: Literal["random", "discriminants"] = Field(
+        "random",
+        description="how a classifier's head begins: random, or as linear discriminants of what it reads, from sums "
+        "that clients give before they train; needs pooling=mean",
+    )
 
 
 class PartitionConfig(_Section):

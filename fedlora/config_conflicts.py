@@ -73,6 +73,8 @@ _PAIRS: Final[Mapping[tuple[str, str], tuple[tuple[str, ...], str]]] = {
 _OPTIMIZERS: Final = ("momentum", "adam", "yogi")
 _ATTACKS: Final = ("sign-flip", "scaling", "gaussian", "label-flip", "little-is-enough", "collusion", "backdoor")
 _READ_BY: Final[Mapping[str, tuple[str, tuple[str, ...]]]] = {
+    "model.pooling": ("model.task_type", ("sequence-classification",)),
+    "model.head": ("model.pooling", ("mean",)),
     "server.rate": ("server.optimizer", _OPTIMIZERS),
     "server.beta1": ("server.optimizer", _OPTIMIZERS),
     "server.beta2": ("server.optimizer", ("adam", "yogi")),
@@ -132,6 +134,11 @@ def conflicts(config: RunConfig, values: Values) -> Iterator[Conflict]:
             )
     elif kind == "files":
         yield ("data.partition.kind", "data.name"), "files need a folder of files in data.name, got the embedded skills"
+    if model.head != "random" and config.robust.rule != "none":
+        yield (
+            ("model.head", "robust.rule"),
+            f"one forged client could set the whole head: no rule is applied to sums; use random, got {model.head}",
+        )
     if config.lora.rslora and config.lora.alpha is None:
         yield (
             ("lora.rslora", "lora.alpha"),

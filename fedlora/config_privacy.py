@@ -37,6 +37,11 @@ def privacy_conflicts(config: RunConfig) -> Iterator[Conflict]:
             ("personal.steps", "privacy.level"),
             "local adapters are trained without noise and scored on private rows: leave it at 0",
         )
+    if config.model.head != "random":
+        yield (
+            ("model.head", "privacy.level"),
+            "clients would send class means of what the head reads, without noise: use random",
+        )
     yield from _of_clients(config) if own.level == "client" else _of_examples(config)
     yield from _of_tasks(config)
 

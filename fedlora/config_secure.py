@@ -85,6 +85,7 @@ def secure_conflicts(config: RunConfig) -> Iterator[tuple[tuple[str, ...], str]]
         ("training.optimizer_state", config.training.optimizer_state, "fresh"),
         ("personal.steps", config.personal.steps, 0),
         ("attack.kind", config.attack.kind, "none"),
+        ("model.head", config.model.head, "random"),
     ):
         if given != plain:
             yield (key, "secure.on"), f"goes with updates that are seen one by one; under secure.on use {plain}"

@@ -29,6 +29,17 @@ _SUMS_ALONE: Final = (
     "No differential privacy. The server saw sums of the clients' updates and no single one (secure aggregation); what "
     "a sum shows of a client, and text that the adapter learnt by heart, is not bounded."
 )
+_MEANS: Final = (
+    "",
+    'texts = tokenizer(["a text"], return_tensors="pt", padding=True)',
+    "inner = model.get_base_model()",
+    "states = getattr(inner, inner.base_model_prefix)(**texts).last_hidden_state",
+    'there = texts["attention_mask"].unsqueeze(-1)',
+    "logits = list(inner.children())[-1]((states * there).sum(1) / there.sum(1))",
+)
+_READS_MEANS: Final = (
+    "This head reads the mean of the last hidden states. The model's own logits are not those that it was trained for."
+)
 _TAGS: Final = ("fedlora", "federated-learning", "lora")
 
 
@@ -166,7 +177,9 @@ def _use(manifest: Manifest, config: RunConfig) -> list[str]:
         f"base = {model}.from_pretrained({', '.join([name, *settings, *labels])})",
         f"tokenizer = AutoTokenizer.from_pretrained({', '.join([name, *settings])})",
         'model = PeftModel.from_pretrained(base, "adapter")',
+        *(_MEANS if config.model.pooling == "mean" else []),
         "```",
+        *(["", _READS_MEANS] if config.model.pooling == "mean" else []),
         "",
         "Check first where it comes from, with the public key of whoever released it: "
         "`fedlora verify FOLDER --key KEY.pem`, FOLDER being the one with manifest.json.",

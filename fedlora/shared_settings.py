@@ -25,6 +25,7 @@ SHARED: Final = (
     "model.labels",
     "model.target_modules",
     "model.max_length",
+    "model.pooling",
     "data.prompt",
     "data.labels",
     "data.holdout",

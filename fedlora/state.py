@@ -308,15 +308,19 @@ class Measure:
     Omega from `public_normal(seed, "sketch", input, shape=(in, sketch))`, and `energy:input` `[1]`, the mean of |x|^2;
     `feature:sum` `[classes, features]` and `feature:count` `[classes]`: features of the bare base by label (one class
     for rows without labels), each scaled to norm 1, and with `columns` `feature:sketch` `[features, columns]`, the sum
-    of f f^T Omega (`fedlora.continual.router.omega`); `fisher-A:module`, `fisher-B:module`: the sum over at most
-    `fisher` rows of the squared gradient of that row's loss, by entry of the ask's `A:` and `B:`.
+    of f f^T Omega (`fedlora.continual.router.omega`); `read:sum` `[reads, features]`, `read:count`, `read:energy` `[1]`
+    and `read:sketch`: the same of what a classifier's head reads under the blocks that the ask attaches, means of last
+    hidden states as they are, with their energy, the sum of |h|^2 (`fedlora.discriminants`); `fisher-A:module`,
+    `fisher-B:module`: the sum over at most `fisher` rows of the squared gradient of that row's loss, by entry of the
+    ask's `A:` and `B:`.
     """
 
     sketch: int = 0
     seed: int = 0
     classes: int = 0  # 0: no features
-    columns: int = 0  # of the sketch of features
+    columns: int = 0  # of the sketch of features, and of what a head reads
     fisher: int = 0
+    reads: int = 0  # classes; 0: nothing of what a head reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,6 +430,9 @@ def expected_arrays(ask: Ask, layout: Layout) -> dict[str, tuple[int, ...]]:
         shapes["feature:count"] = (ask.measure.classes,)
         if ask.measure.columns:
             shapes["feature:sketch"] = (layout.features, ask.measure.columns)
+    if ask.measure.reads:
+        shapes |= {"read:sum": (ask.measure.reads, layout.features), "read:count": (ask.measure.reads,)}
+        shapes |= {"read:energy": (1,), "read:sketch": (layout.features, ask.measure.columns)}
     if ask.measure.fisher:
         shapes |= {f"fisher-{key}": x.shape for key, x in ask.arrays.items() if key[:2] in ("A:", "B:")}
     return shapes

@@ -56,6 +56,7 @@ from fedlora.state import (
     Measure,
     Subspace,
     Task,
+    expected_arrays,
     keyed,
     times,
 )
@@ -63,6 +64,7 @@ from fedlora.subspace import public_rows, rows_checksum
 from strategies.base import Closed, Cohort, Member, Method, Round, Sums, in_order, new_head
 from strategies.blocks import as_float32, bounded_svd, canonical
 from strategies.configured import configured
+from strategies.headed import COLUMNS, fitted_head, headed
 
 __all__ = [
     "FEATURES",
@@ -84,7 +86,7 @@ _MEMBERS = "stream:members"
 _EWC = "stream:ewc"
 _SUBSPACES = ("subspace", "input-aware")
 _FROZEN = ("fed-sb", "fedsvd", "ffa-lora")
-_SKETCH, _COLUMNS, _O_LORA, _EWC_WEIGHT, _FISHER_ROWS = 64, 128, 0.5, 100.0, 64
+_SKETCH, _O_LORA, _EWC_WEIGHT, _FISHER_ROWS = 64, 0.5, 100.0, 64
 _TINY = 1e-30  # divides nothing by zero
 
 T = TypeVar("T")
@@ -96,7 +98,7 @@ def streamed(config: RunConfig) -> Method:
     """The run's method over its tasks; without tasks the method itself. Raises: MethodError, ConfigError."""
     plan = legs(config)
     if not plan:
-        return configured(config, client_privacy(config))
+        return headed(configured(config, client_privacy(config)), config)
     one = _Stream(config, plan)
     return Method(
         name=config.method.name,
@@ -220,6 +222,12 @@ class _Stream:
     def _open_task(self, state: GlobalState, leg: Leg, cohort: Cohort) -> Steps[GlobalState]:
         tasks, memory = dict(state.tasks), {}
         before = sealed_in_order(state)
+        fitted = self._config.model.head == "discriminants" and self._way != "nearest-mean"
+        moments: Moments = {}
+        if fitted or self._way == "input-aware":
+            moments, sums = yield from self._measured(
+                state, leg, cohort, inputs=self._way == "input-aware", features=False, reads=fitted
+            )
         if self._way in ONE_PAIR and before:
             last = before[-1]
             task = replace(last, name=leg.name, sealed=False, statistics={})
@@ -232,7 +240,7 @@ class _Stream:
             subspace: Subspace | None = None
             basis: dict[str, Array] = {}
             if self._way in _SUBSPACES:
-                subspace, basis = yield from self._allotted(state, leg, cohort)
+                subspace, basis = self._allotted(state, leg, moments)
             layout = state.layout if subspace is None else state.layout.within(subspace.dim)
             everybody = [_bounded(m, leg.rank, subspace) for m in _members(state) if leg.holds(m.id)]
             opened = self._inner[leg.name].open(
@@ -242,12 +250,12 @@ class _Stream:
             if basis and subspace is not None and subspace.seed is None and task.public_seed is not None:
                 basis = _turned(basis, task.public_seed)
             task = replace(task, name=leg.name, subspace=subspace, basis=basis)
-        first = state.memory.get(HEAD, {})
-        tasks[leg.name] = replace(task, extras=first if self._way == "separate" else joint_head(state, self._config))
+        head = dict(state.memory.get(HEAD, {})) if self._way == "separate" else joint_head(state, self._config)
+        tasks[leg.name] = replace(task, extras=fitted_head(head, sums, self._config.seed) if fitted else head)
         return _with_owned(replace(state, tasks=tasks), leg.name, memory)
 
-    def _allotted(self, state: GlobalState, leg: Leg, cohort: Cohort) -> Steps[tuple[Subspace, dict[str, Array]]]:
-        """A subspace for a new task, and its basis by module."""
+    def _allotted(self, state: GlobalState, leg: Leg, found: Moments) -> tuple[Subspace, dict[str, Array]]:
+        """A subspace for a new task, and its basis by module; `found` are its inputs, where they count."""
         layout = state.layout
         if bad := [n for n, m in layout.modules.items() if m.kind == "embedding"]:
             raise MethodError(
@@ -259,7 +267,6 @@ class _Stream:
             used = [t.subspace for t in state.tasks.values() if t.subspace is not None]
             subspace = allot(layout, used, dim, self._config.seed, leg.name)
             return subspace, {n: public_rows(subspace, n, m.inp) for n, m in layout.modules.items()}
-        found, _ = yield from self._measured(state, leg, cohort, inputs=True, features=False)
         made: dict[str, Array] = {}
         before = self._old_inputs(state)
         for name, moment in found.items():
@@ -411,7 +418,7 @@ class _Stream:
         return state, report
 
     def _measured(
-        self, state: GlobalState, leg: Leg, cohort: Cohort, *, inputs: bool, features: bool
+        self, state: GlobalState, leg: Leg, cohort: Cohort, *, inputs: bool, features: bool, reads: bool = False
     ) -> Steps[tuple[Moments, dict[str, NDArray[np.float64]]]]:
         """Second moments of every input, and the sums that they come from, with those of features by class."""
         layout = state.layout
@@ -419,23 +426,19 @@ class _Stream:
         size = self._config.continual.sketch or _SKETCH
         size = min(size, *widths.values()) if inputs else 0
         classes = max(1, len(leg.config.model.labels)) if features else 0
-        columns = min(_COLUMNS, layout.features) if features else 0
+        columns = min(COLUMNS, layout.features) if features or reads else 0
+        under = () if reads and self._way == "separate" else blocks_of(state, sealed_in_order(state))
+        labels = len(leg.config.model.labels) if reads else 0
         ask = Ask(
             task=leg.name,
-            measure=Measure(sketch=size, seed=self._config.seed, classes=classes, columns=columns),
-            blocks=blocks_of(state, sealed_in_order(state)),
+            measure=Measure(sketch=size, seed=self._config.seed, classes=classes, columns=columns, reads=labels),
+            blocks=under,
             arrays=keyed("head", head_of(state, leg.name, self._config)),
         )
         answers: Mapping[str, Answer] = yield {m.id: ask for m in cohort.members}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, width in widths.items() if inputs else ():
-            shapes[f"sketch:{name}"], shapes[f"energy:{name}"] = (width, size), (1,)
-        if features:
-            shapes |= {"feature:sum": (classes, layout.features), "feature:count": (classes,)}
-            shapes["feature:sketch"] = (layout.features, columns)
-        sums = Sums(shapes)
+        sums = Sums(expected_arrays(ask, layout))
         for _, answer in in_order(answers, cohort):
-            means = {k: x * answer.examples for k, x in answer.arrays.items() if not k.startswith("feature")}
+            means = {k: x * answer.examples for k, x in answer.arrays.items() if k.startswith(("sketch", "energy"))}
             sums.add({**answer.arrays, **means}, 1.0)
         total = sums.total()
         found = self._moments(total, widths) if inputs else {}

@@ -191,6 +191,44 @@ def test_a_deep_head_travels_whole(tmp_path: Path) -> None:
     assert not [n for n in base.layout.modules if n.startswith("classifier")]
 
 
+@pytest.mark.parametrize("pooler", [True, False])
+def test_a_head_may_read_the_mean_of_the_last_hidden_states(
+    pooler: bool, tmp_path: Path, plan: TrainPlan, header: Callable[..., Header], given: Callable[..., Ask]
+) -> None:
+    """Logits are those of each row alone, by hand; a pooler, loaded or not, is neither passed nor trained."""
+    torch.manual_seed(0)
+    settings = encoder_settings(BertConfig)
+    (BertForSequenceClassification if pooler else BertForMaskedLM)(settings).save_pretrained(tmp_path)
+    base = classifier(tmp_path, pooling="mean", target_modules=("query", "value"))
+    assert base.layout.head == {"classifier.bias": (3,), "classifier.weight": (3, 16)}
+    rows = [
+        TokenRow(np.arange(3, 3 + length, dtype=np.int32), np.zeros(length, np.bool_), label)
+        for label, length in enumerate((9, 4, 6))
+    ]
+    base.set_head({n: np.random.default_rng(1).normal(size=s) for n, s in base.layout.head.items()})
+    with torch.inference_mode():
+        together = class_logits(base, pad(rows, base.pad_id))
+        for row, got in zip(rows, together, strict=True):
+            states = base.model.bert(input_ids=torch.from_numpy(row.tokens).long()[None]).last_hidden_state[0]
+            torch.testing.assert_close(got, base.model.classifier(states.mean(0)))
+    plan = replace(plan, train=("A", "B", "head"), send=("B", "head"))
+    answer = train_client(base, header(base), given(base, plan), rows)
+    assert answer.metrics["loss_after"] < answer.metrics["loss_before"]
+    assert {key for key in answer.arrays if key.startswith("head")} == {
+        "head:classifier.bias",
+        "head:classifier.weight",
+    }
+
+
+def test_means_are_read_by_a_head_of_one_linear_module_only(tmp_path: Path) -> None:
+    RobertaForSequenceClassification(encoder_settings(RobertaConfig)).save_pretrained(tmp_path)
+    told = (
+        r"mean needs a head of one linear module \[3, 16\]; .* has classifier.dense Linear, classifier.out_proj Linear"
+    )
+    with pytest.raises(ConfigError, match=told):
+        classifier(tmp_path, pooling="mean")
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_decoder_without_a_pad_token_classifies_batches(
     family: str,

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
 
+from fedlora.adapter import Adapter, Factors
 from fedlora.config import load_config
+from fedlora.data.batches import pad
+from fedlora.data.rows import TokenRow
 from fedlora.model_card import model_card
+from fedlora.peft_bridge import save_adapter
 from fedlora.provenance import Base, Code, Manifest, Ranks, Round
+from fedlora.state import Block
+from fedlora.training.attach import attach
+from fedlora.training.objective import class_logits
 
 CONFIG = load_config(None, ["model.name=owner/base", "name=ward | letters", "method.name=ffa-lora"])
 MANIFEST = Manifest(
@@ -102,6 +114,34 @@ def test_it_says_how_it_was_trained_and_scored() -> None:
         assert line in lines, line
     assert any(line.startswith("After round 2.") for line in lines)
     assert not any("empty" in line for line in lines)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_a_head_that_reads_means_comes_with_the_lines_that_give_its_logits(
+    load: Any, folders: dict[str, Path], labelled: list[TokenRow], tmp_path: Path
+) -> None:
+    """The lines of the card, run on a folder that was saved, against our own logits."""
+    classes = ["model.name=owner/base", "model.task_type=sequence-classification", "model.labels=a,b,c"]
+    config = load_config(None, [*classes, "data.name=rows.jsonl", "model.pooling=mean"])
+    card = model_card(MANIFEST, config, events())
+    assert "This head reads the mean of the last hidden states." in card
+    assert "last_hidden_state" not in model_card(MANIFEST, load_config(None, [*classes, "data.name=r.jsonl"]), events())
+    base = load("bert", pooling="mean", target_modules=("query", "value"))
+    g = np.random.default_rng(0)
+    head = {n: g.normal(size=s).astype(np.float32) for n, s in base.layout.head.items()}
+    adapter = Adapter(
+        {n: Factors(g.normal(size=(2, m.inp)), g.normal(size=(m.out, 2))) for n, m in base.layout.modules.items()}
+    )
+    save_adapter(tmp_path, adapter, base.layout, base_name="b", task_type="sequence-classification", head=head)
+    attach(base, (Block(adapter=adapter, born=1),), "one", None, head)
+    batch = pad(labelled[:4], base.pad_id)
+    whole = AutoModelForSequenceClassification.from_pretrained(folders["bert"], num_labels=3)
+    texts = {"input_ids": torch.from_numpy(batch.tokens), "attention_mask": torch.from_numpy(batch.attention)}
+    names = {"model": PeftModel.from_pretrained(whole, tmp_path).eval(), "texts": texts}
+    code = card.split("```python")[1].split("```")[0].split("padding=True)\n")[1]
+    with torch.inference_mode():
+        exec(code, names)
+        torch.testing.assert_close(names["logits"], class_logits(base, batch), rtol=1e-4, atol=1e-5)
 
 
 def test_one_of_a_thing_is_not_called_many() -> None:

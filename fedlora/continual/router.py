@@ -4,9 +4,8 @@
 
 mu_c are class means of features (mean over tokens of the last hidden states, norm 1), S is the covariance within
 classes: Fisher's discriminant for several classes (Rao, 1948). Old rows are gone when a router is wanted, so it is made
-of what clients summed while each task was there: features and counts by class, and a sketch `F Omega` of
-`F = sum f f^T`. Less the means, `(F - sum n_c mu_c mu_c^T) Omega` is the sketch of S; what it does not hold of S's
-energy is taken to be even in all other directions. Routing by the nearest mean alone, as S-Prompts (Wang et al.,
+of what clients summed while each task was there: features and counts by class, and a sketch of their second moment
+(fedlora/discriminants.py). Routing by the nearest mean alone, as S-Prompts (Wang et al.,
 NeurIPS 2022) and CoLoR (Wistuba et al., 2023) do with k-means centres, is the case S = I.
 
 Cost: d (C + s) numbers a client and task; O(d s^2) to fit, with d features, C classes, s columns.
@@ -23,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedlora.adapter import Array
-from fedlora.continual.design import second_moment
+from fedlora.discriminants import scatter
 from fedlora.errors import DataError
 from fedlora.rng import public_normal
 
@@ -119,19 +118,13 @@ def fit(kept: Mapping[str, Array], seed: int) -> Router:
     """The router of all tasks that were `added`. Raises: DataError before the first; MethodError as `second_moment`."""
     if not kept:
         raise DataError("no features were summed yet: no task was sealed, or continual.routing is off")
-    counts = kept["counts"].astype(np.float64)
-    means = kept["sums"].astype(np.float64) / counts[:, None]
-    width, columns = kept["sketch"].shape
-    test = omega(seed, width, columns)
-    within = kept["sketch"] - (means * counts[:, None]).T @ (means @ test)
-    energy = float(counts.sum() - np.sum(counts * np.sum(means**2, axis=1)))  # each feature has norm 1
-    vectors, values = second_moment(within, test, max(energy, 0.0))
-    even = max(energy - float(values.sum()), 1e-6 * energy, 1e-12) / max(width - len(values), 1)
-    inverse = 1.0 / (values + _FLOOR * even) - 1.0 / ((1.0 + _FLOOR) * even)
-    weights = counts.sum() * (means / ((1.0 + _FLOOR) * even) + (means @ vectors * inverse) @ vectors.T)
+    test = omega(seed, *kept["sketch"].shape)
+    energy = float(kept["counts"].sum())  # each feature has norm 1
+    within = scatter(kept["sums"], kept["counts"], kept["sketch"], energy, test)
+    weights = within.solved(within.values + _FLOOR * within.even, (1.0 + _FLOOR) * within.even)
     return Router(
         weights=weights,
-        offsets=-np.sum(weights * means, axis=1) / 2.0,
+        offsets=-np.sum(weights * within.means, axis=1) / 2.0,
         tasks=tuple(json.loads(bytes(kept["tasks"]))),
         labels=kept["labels"].astype(np.int64),
     )

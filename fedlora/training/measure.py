@@ -22,7 +22,7 @@ from fedlora.state import Answer, Ask, Header, Measure, part
 from fedlora.training.attach import attach
 from fedlora.training.local import check_rows
 from fedlora.training.lora import Pair, to_tensor
-from fedlora.training.objective import class_logits, full_logits, hidden_states, loss_sum
+from fedlora.training.objective import class_logits, full_logits, hidden_states, loss_sum, mean_states
 from fedlora.training.start import bases, coordinates
 from fedlora.wire import blocks_id
 
@@ -60,6 +60,8 @@ def measure(base: Base, header: Header, ask: Ask, rows: Sequence[TokenRow], *, b
         sums |= _features_by_label(base, rows, what, batch_size, who)
     try:
         attach(base, ask.blocks, blocks_id(ask.blocks), ask.frozen, part(ask.arrays, "head") or None)
+        if what.reads:
+            sums |= _reads_by_label(base, rows, what, batch_size, who)
         if what.sketch:
             sums |= _sketches(base, what, rows, batch_size, who)
         if what.fisher:
@@ -86,25 +88,42 @@ def features(base: Base, rows: Sequence[TokenRow], *, batch_size: int) -> Float:
         for batch, indices in in_order(rows, batch_size=batch_size, pad_id=base.pad_id):
             asked = batch.attention * ~batch.answer
             asked = np.where(asked.any(1, keepdims=True), asked, batch.attention)
-            there = torch.from_numpy(asked).to(base.device, torch.float32)
-            states = hidden_states(base, batch).float()
-            mean = (there[:, None] @ states)[:, 0] / there.sum(1, keepdim=True)
-            out[indices] = torch.nn.functional.normalize(mean).cpu().numpy()
+            out[indices] = torch.nn.functional.normalize(mean_states(base, batch, asked)).cpu().numpy()
     return out
 
 
 def _features_by_label(base: Base, rows: Sequence[TokenRow], what: Measure, batch_size: int, who: str) -> Sums:
     """Sums by class of the rows' features, and their sketch; rows without a label are of class 0."""
-    classes = what.classes
     labels = np.array([0 if row.label is None else row.label for row in rows])
+    found = features(base, rows, batch_size=batch_size).astype(np.float64)
+    return _sums_by_label("feature", found, labels, what.classes, what, who)
+
+
+def _reads_by_label(base: Base, rows: Sequence[TokenRow], what: Measure, batch_size: int, who: str) -> Sums:
+    """Sums by class of what the head reads under what is attached, their energy and their sketch."""
+    if base.classifier is None or not what.columns or any(row.label is None for row in rows):
+        raise TrainingError(
+            f"{who}: what a head reads needs model.pooling=mean, columns of a sketch, and labelled rows"
+        )
+    found = np.zeros((len(rows), base.layout.features))
+    with torch.inference_mode():
+        for batch, indices in in_order(rows, batch_size=batch_size, pad_id=base.pad_id):
+            found[indices] = mean_states(base, batch, batch.attention).cpu().numpy()
+    sums = _sums_by_label("read", found, np.array([row.label for row in rows]), what.reads, what, who)
+    return {**sums, "read:energy": np.array([np.sum(found**2)])}
+
+
+def _sums_by_label(
+    name: str, found: NDArray[np.float64], labels: NDArray[np.int64], classes: int, what: Measure, who: str
+) -> Sums:
+    """Sums and counts by class of `found [rows, d]`, and with columns the sketch of their second moment."""
     if labels.min() < 0 or labels.max() >= classes:
         raise TrainingError(f"{who}: labels go from {labels.min()} to {labels.max()}, {classes} classes are asked for")
-    total = np.zeros((classes, base.layout.features))
-    found = features(base, rows, batch_size=batch_size).astype(np.float64)
+    total = np.zeros((classes, found.shape[1]))
     np.add.at(total, labels, found)
-    sums = {"feature:sum": total, "feature:count": np.bincount(labels, minlength=classes).astype(np.float64)}
+    sums = {f"{name}:sum": total, f"{name}:count": np.bincount(labels, minlength=classes).astype(np.float64)}
     if what.columns:
-        sums["feature:sketch"] = found.T @ (found @ omega(what.seed, base.layout.features, what.columns))
+        sums[f"{name}:sketch"] = found.T @ (found @ omega(what.seed, found.shape[1], what.columns))
     return sums
 
 

@@ -19,7 +19,16 @@ from torch import Tensor, nn
 from fedlora.base import Base
 from fedlora.data.batches import Batch
 
-__all__ = ["among", "answer_logits", "class_logits", "counted", "full_logits", "hidden_states", "loss_sum"]
+__all__ = [
+    "among",
+    "answer_logits",
+    "class_logits",
+    "counted",
+    "full_logits",
+    "hidden_states",
+    "loss_sum",
+    "mean_states",
+]
 
 CHUNK = 1024  # rows of logits alive at once
 
@@ -61,6 +70,9 @@ def answer_logits(base: Base, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Te
 
 def class_logits(base: Base, batch: Batch) -> Tensor:
     """Logits `[rows, classes]`, fp32, of all classes."""
+    if base.classifier is not None:
+        means: Tensor = base.classifier(mean_states(base, batch, batch.attention))
+        return means.float()
     out: Tensor = base.model(input_ids=_tensor(base, batch.tokens), attention_mask=_mask(base, batch)).logits
     return out.float()
 
@@ -110,6 +122,13 @@ def hidden_states(base: Base, batch: Batch) -> Tensor:
     else:
         states = encoder(input_ids=tokens, attention_mask=_mask(base, batch)).last_hidden_state
     return states
+
+
+def mean_states(base: Base, batch: Batch, where: np.ndarray[Any, Any]) -> Tensor:
+    """The mean `[rows, features]`, fp32, of each row's last hidden states where `where` `[rows, length]` is 1."""
+    there = torch.from_numpy(where).to(base.device, torch.float32)
+    states = hidden_states(base, batch).float()
+    return (there[:, None] @ states)[:, 0] / there.sum(1, keepdim=True)
 
 
 def full_logits(base: Base, batch: Batch) -> Tensor:

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from fedlora.adapter import Adapter, Array, stack
 from fedlora.config import RunConfig, load_config, local_training
 from fedlora.continual.design import design
+from fedlora.continual.router import omega
+from fedlora.discriminants import discriminants, scatter
 from fedlora.errors import ConfigError, MethodError
 from fedlora.rng import public_normal, stream
-from fedlora.state import Answer, Ask, GlobalState, Layout, Module, Task, expected_arrays
+from fedlora.state import Answer, Ask, GlobalState, Layout, Measure, Module, Task, expected_arrays
 from fedlora.subspace import public_rows
-from fedlora.wire import decode_state, encode_state
+from fedlora.wire import blocks_id, decode_state, encode_state
 from simulations.benchmarks.stand_in import follow
 from strategies import streams
 from strategies.base import Closed, Cohort, Member
@@ -77,7 +79,8 @@ class Run:
     reports: list[dict[str, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        common = [f"continual.method={self.way}", "method.name=fedit", f"tasks={json.dumps(self.tables)}"]
+        common = [f"continual.method={self.way}"] if self.tables else []
+        common += ["method.name=fedit", f"tasks={json.dumps(self.tables)}"]
         self.config: RunConfig = load_config(None, [*common, *self.sets])
         self.method = streamed(self.config)
         self.who = tuple(Member(id=f"client-{i:05d}", rank=r, scale=2.0) for i, r in enumerate(self.ranks))
@@ -128,6 +131,8 @@ class Run:
                 c = second_moment_of(ask.task, client, name, shape[0])
                 arrays[key] = c @ once(ask.measure.seed, "sketch", name, shape=shape)
                 arrays[f"energy:{name}"] = np.array([np.trace(c)])
+            elif key.startswith("read"):
+                arrays |= read_sums(ask.measure, ask.task, client, self.layout.features)
             elif not key.startswith("energy"):
                 arrays[key] = rng.uniform(0.5, 1.0, shape)  # features and Fisher information: whatever, not negative
         return Answer(examples=10 + int(client[-1]), arrays={k: x.astype(np.float32) for k, x in arrays.items()})
@@ -136,6 +141,18 @@ class Run:
         """The one question of a round that is one of training."""
         [asks] = [asks for n, asks in self.asked if n == number and all(a.plan for a in asks.values())]
         return asks
+
+
+def read_sums(what: Measure, task: str, client: str, width: int) -> dict[str, Array]:
+    """What heads read of rows of all classes but the last, all of the first at client 0."""
+    rng = stream(1, "read", task, client)
+    h = rng.normal(size=(40, width)) + 1.0
+    labels = np.zeros(40, int) if client.endswith("0") else rng.integers(0, what.reads - 1, 40)
+    h[np.arange(40), labels % width] += 3.0
+    total = np.stack([h[labels == c].sum(0) for c in range(what.reads)])
+    test = public_normal(what.seed, "sketch", "feature", shape=(width, what.columns))
+    return {"read:sum": total, "read:count": np.bincount(labels, minlength=what.reads),
+            "read:energy": np.array([np.sum(h**2)]), "read:sketch": h.T @ (h @ test)}  # fmt: skip
 
 
 def second_moment_of(task: str, client: str, name: str, width: int) -> NDArray[np.float64]:
@@ -339,10 +356,10 @@ def test_a_new_task_is_fresh() -> None:
     assert len({ask.plan.seed for ask in starts.values() if ask.plan is not None}) == 6
 
 
-def labelled(way: str) -> Run:
+def labelled(way: str, *more: str, layout: Layout = LAYOUT) -> Run:
     own = {"a": {"data.labels": ["y", "w"]}, "b": {"data.labels": ["x"]}, "c": {"data.labels": ["w", "z"]}}
     sets = ["model.task_type=sequence-classification", "data.name=rows.csv", f"model.labels={json.dumps(LABELS)}"]
-    return Run(way, sets, tables=tasks("a", "b", "c", **own))
+    return Run(way, [*sets, *more], tables=tasks("a", "b", "c", **own), layout=layout)
 
 
 @pytest.mark.parametrize("way", ["incremental", "separate", "sequential"])
@@ -612,6 +629,49 @@ def test_nearest_mean_trains_nothing() -> None:
     assert known_to_router(state) == ["a", "b", "c"]
     assert state.memory[FEATURES]["sums"].shape == (12, 5)  # these clients have rows of every class
     assert not any(np.any(x) for x in dense([state.update()]).values())
+
+
+CLASSES = Layout(modules=LAYOUT.modules, head={"score.bias": (4,), "score.weight": (4, 5)}, features=5)
+FITTED = ("model.pooling=mean", "model.head=discriminants")
+
+
+@pytest.mark.parametrize("way", ["none", *EVERY_WAY, "joint"])
+def test_a_head_begins_as_the_discriminants_of_what_it_reads(way: str) -> None:
+    """Of all clients' sums, under the tasks sealed before; a class that nobody has keeps the row that it had."""
+    if way == "none":
+        sets = ["model.task_type=sequence-classification", "data.name=rows.csv", f"model.labels={json.dumps(LABELS)}"]
+        run = Run("subspace", [*sets, *FITTED], tables=(), layout=CLASSES)
+    else:
+        run = labelled(way, *FITTED, layout=CLASSES)
+    state, expected = run.open(), {}
+    for number in range(1, 4 if way == "none" else 7):
+        seen = len(run.asked)
+        blocks = blocks_of(state, () if way == "separate" else sealed_in_order(state))
+        old = joint_head(state, run.config) if way not in ("none", "separate") else None
+        state = run.round(state, number)
+        for _, asks in run.asked[seen:]:
+            if not any(ask.measure is not None and ask.measure.reads for ask in asks.values()):
+                continue
+            assert len(asks) == 3
+            assert number not in expected
+            assert {blocks_id(ask.blocks) for ask in asks.values()} == {blocks_id(blocks)}
+            answers = [run.answer(client, ask).arrays for client, ask in asks.items()]
+            sums = {k: np.sum([a[k] for a in answers], 0, dtype=np.float64) for k in answers[0] if k[:5] == "read:"}
+            energy, test = float(sums["read:energy"][0]), omega(run.config.seed, 5, 5)
+            found = scatter(sums["read:sum"][:3], sums["read:count"][:3], sums["read:sketch"], energy, test)
+            expected[number] = discriminants(found)
+            first = next(iter(run.training(number).values()))
+            weights, offsets = first.arrays["head:score.weight"], first.arrays["head:score.bias"]
+            np.testing.assert_allclose(weights[:3], expected[number][0], rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(offsets[:3], expected[number][1], rtol=1e-4, atol=1e-5)
+            assert old is None or weights[3].tobytes() == old["score.weight"][3].tobytes()
+    assert list(expected) == ([1] if way in ("none", "joint") else [1, 3, 5])
+
+
+def test_random_heads_are_asked_nothing() -> None:
+    run = labelled("incremental")
+    run.last()
+    assert not any(ask.measure and ask.measure.reads for _, asks in run.asked for ask in asks.values())
 
 
 def known_to_router(state: GlobalState) -> list[str]:

@@ -153,6 +153,27 @@ def test_features_are_the_bare_bases_mean_hidden_states(
         np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1.0, rtol=1e-5)
 
 
+def test_what_a_head_reads_is_the_mean_of_hidden_states_under_the_blocks(
+    load: Load, folders: dict[str, str], labelled: list[TokenRow], header: MakeHeader
+) -> None:
+    base = load("bert", pooling="mean")
+    arrays, adapter = heads(base), random_adapter(base, 1)
+    ask = Ask(measure=Measure(seed=3, reads=4, columns=5), blocks=(Block(adapter=adapter, born=1),), arrays=arrays)
+    answer = measure(base, asking(base, header), ask, labelled, batch_size=7)
+    assert {k: x.shape for k, x in answer.arrays.items()} == expected_arrays(ask, base.layout)
+    model = dense(folders["bert"], base, [adapter], {})
+    with torch.no_grad():
+        read = [model.bert(input_ids=tokens_of(row)).last_hidden_state[0].mean(0).numpy() for row in labelled]  # type: ignore[operator,union-attr]
+    h = np.stack(read).astype(np.float64)
+    labels = np.array([row.label for row in labelled])
+    total = np.stack([h[labels == c].sum(0) for c in range(4)])
+    np.testing.assert_allclose(answer.arrays["read:sum"], total, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(answer.arrays["read:count"], np.bincount(labels, minlength=4))
+    np.testing.assert_allclose(answer.arrays["read:energy"], [np.sum(h**2)], rtol=1e-5)
+    sketch = h.T @ (h @ omega(3, base.layout.features, 5))
+    np.testing.assert_allclose(answer.arrays["read:sketch"], sketch, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("case", ["causal", "subspace", "classifier"])
 def test_a_fisher_information_sums_squared_gradients_of_single_rows(
     case: str, load: Load, folders: dict[str, str], rows: list[TokenRow], labelled: list[TokenRow], header: MakeHeader
@@ -265,6 +286,17 @@ def test_what_cannot_be_measured_is_refused_by_name(
     refuse(r"model\.embed_tokens is an embedding", sketch, where=tables, who=named)
     refuse("labels go from 0 to 2, 2 classes are asked for", Ask(measure=Measure(classes=2)), labelled)
     bert = load("bert")
+    means = Ask(measure=Measure(reads=3, columns=2))
+    refuse("what a head reads needs model.pooling=mean", means, labelled, where=bert, who=named)
+    pooled = load("bert", pooling="mean")
+    refuse("and labelled rows", means, where=pooled, who=named)
+    refuse(
+        "labels go from 0 to 2, 2 classes are",
+        Ask(measure=Measure(reads=2, columns=2)),
+        labelled,
+        where=pooled,
+        who=named,
+    )
     refuse("needs its head: arrays in the ask", Ask(measure=Measure(fisher=2)), labelled, where=bert, who=named)
     refuse(r"needs A:.* \[rank, \d+\] and B:.*, got \[None, None\]", Ask(measure=Measure(fisher=2)))
     silent = [replace(row, answer=np.zeros_like(row.answer)) for row in rows]
