@@ -30,6 +30,7 @@ Float64 = NDArray[np.float64]
 __all__ = ["Within", "discriminants", "scatter"]
 
 SHRINK = 0.5  # share of S that is made the same in all directions; few rows tell their classes apart too well
+TEMPER = 4.0  # what evidence is divided by: features of one row are no independent witnesses (docs/LOG.md)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,14 +64,16 @@ def scatter(sums: Array, counts: Array, sketch: Array, energy: float, omega: Arr
     return Within(means=means, counts=n, vectors=vectors, values=values, even=even)
 
 
-def discriminants(within: Within, shrink: float = SHRINK) -> tuple[Float64, Float64]:
+def discriminants(within: Within, shrink: float = SHRINK, temper: float = TEMPER) -> tuple[Float64, Float64]:
     """Weights `[C, d]` and offsets `[C]` of the classes, with `(1 - shrink) S + shrink tr(S)/d I` in place of S.
 
-    Source: the shrinkage is that of Friedman, Regularized Discriminant Analysis, JASA 1989, eq. 18, towards one size.
+    All of it but the priors is divided by `temper`, which leaves equal classes in their order and makes the
+    probabilities less sure. Source: the shrinkage is that of Friedman, Regularized Discriminant Analysis, JASA 1989,
+    eq. 18, towards one size.
     """
     width = len(within.vectors)
     size = (float(within.values.sum()) + within.even * (width - len(within.values))) / width
     kept, added = 1.0 - shrink, shrink * size
-    weights = within.solved(kept * within.values + added, kept * within.even + added)
+    weights = within.solved(kept * within.values + added, kept * within.even + added) / temper
     share = within.counts / within.counts.sum()
     return weights, np.log(share) - np.sum(weights * within.means, axis=1) / 2.0

@@ -42,7 +42,7 @@ def dense(x: Floats, labels: NDArray[np.int64], shrink: float) -> tuple[Floats, 
 @pytest.mark.parametrize("shrink", [0.05, 0.5, 1.0])
 def test_a_whole_sketch_gives_what_all_rows_give(shrink: float) -> None:
     x, labels = rows()
-    weights, offsets = discriminants(scatter(*sums(x, labels, WIDTH)), shrink)
+    weights, offsets = discriminants(scatter(*sums(x, labels, WIDTH)), shrink, 1.0)
     want, at = dense(x, labels, shrink)
     np.testing.assert_allclose(weights, want, rtol=1e-6, atol=1e-8 * np.abs(want).max())
     np.testing.assert_allclose(offsets, at, rtol=1e-6)
@@ -73,13 +73,13 @@ def test_a_narrow_sketch_keeps_the_size_of_what_it_does_not_hold() -> None:
 
     best = right(*dense(x, labels, 0.5))
     assert best > 0.8 > max(np.bincount(labels)) / len(labels) + 0.2
-    assert right(*discriminants(within)) > best - 0.02
+    assert right(*discriminants(within, 0.5, 1.0)) > best - 0.02
 
 
 def test_scores_are_log_probabilities_of_gaussian_classes() -> None:
     """Differences of scores are the log odds that the densities have, priors with them."""
     x, labels = rows()
-    weights, offsets = discriminants(scatter(*sums(x, labels, WIDTH)), 0.0)
+    weights, offsets = discriminants(scatter(*sums(x, labels, WIDTH)), 0.0, 1.0)
     means = np.stack([x[labels == c].mean(0) for c in range(CLASSES)])
     off = x - means[labels]
     inverse = np.linalg.inv(off.T @ off / len(x))
@@ -87,6 +87,15 @@ def test_scores_are_log_probabilities_of_gaussian_classes() -> None:
     odds = -far / 2 + np.log(np.bincount(labels) / len(x))
     got = x @ weights.T + offsets
     np.testing.assert_allclose(got - got[:, :1], odds - odds[:, :1], rtol=1e-5, atol=1e-5)
+
+
+def test_tempering_divides_the_evidence_and_not_the_priors() -> None:
+    x, labels = rows()
+    within = scatter(*sums(x, labels, WIDTH))
+    (w1, b1), (w4, b4) = discriminants(within, temper=1.0), discriminants(within, temper=4.0)
+    prior = np.log(np.bincount(labels) / len(labels))
+    np.testing.assert_allclose(w4, w1 / 4)
+    np.testing.assert_allclose(b4 - prior, (b1 - prior) / 4)
 
 
 def test_another_omega_is_refused() -> None:

@@ -200,7 +200,7 @@ def _travels(run: Run) -> str:
     sums = run.stream is not None and (continual.routing or continual.method in ("input-aware", "ewc", "nearest-mean"))
     if sums and continual.method == "nearest-mean":
         return "sums over rows"
-    return "adapter factors and sums over rows" if sums else "adapter factors"
+    return "adapter factors and sums over rows" if sums or run.config.model.head != "random" else "adapter factors"
 
 
 def _going(run: Run) -> str:
