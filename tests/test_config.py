@@ -407,6 +407,27 @@ def test_scenarios_load_and_the_default_one_is_the_default() -> None:
     assert found["own"].data.name != "skills"
 
 
+CLASSIFIER = ("model.task_type=sequence-classification", "model.labels=x,y", "data.name=rows.jsonl")
+FITTED = (*CLASSIFIER, "model.pooling=mean", "model.head=discriminants")
+SUMMED = ("secure.on=true", "data.holdout=0", "method.name=ffa-lora")
+
+
+@pytest.mark.parametrize(
+    ("sets", "said"),
+    [
+        (["model.pooling=mean"], r"model\.pooling: has no effect while model\.task_type is causal-lm"),
+        ([*CLASSIFIER, "model.head=discriminants"], r"model\.head: has no effect while model\.pooling is model"),
+        ([*FITTED, "robust.rule=screen"], r"model\.head: one forged client could set the whole head"),
+        ([*FITTED, *SUMMED], r"model\.head: goes with updates that are seen one by one; under secure\.on use random"),
+    ],
+)
+def test_what_a_head_reads_and_how_it_begins_go_with_classifiers(sets: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        load_config(None, sets)
+    assert load_config(None, FITTED).model.head == "discriminants"
+    assert load_config(None, [*CLASSIFIER, *SUMMED]).secure.on
+
+
 CLIENT_LEVEL = ("method.name=ffa-lora", "privacy.level=client", "privacy.noise_multiplier=1")
 TWO_TASKS = ('tasks=[{"name": "a"}, {"name": "b"}]', "continual.method=subspace", "continual.routing=false")
 

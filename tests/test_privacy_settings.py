@@ -57,6 +57,13 @@ def test_class_means_are_refused_too() -> None:
         private(*STREAM[4:], *sets)
 
 
+def test_class_means_for_a_head_are_refused_too() -> None:
+    sets = ["model.task_type=sequence-classification", "model.labels=x,y", "data.name=rows.jsonl", "model.pooling=mean"]
+    assert private(*sets).model.pooling == "mean"
+    with pytest.raises(ConfigError, match=r"model\.head: clients would send class means .*, without noise: use random"):
+        private(*sets, "model.head=discriminants")
+
+
 @pytest.mark.parametrize("key", ["clip=2", "noise_multiplier=1", "epsilon=1", "delta=1e-6", "sampling=0.5", "rows=9"])
 def test_without_a_level_nothing_reads_the_rest(key: str) -> None:
     with pytest.raises(ConfigError, match=r"has no effect while privacy\.level is none"):

@@ -54,8 +54,10 @@ def test_tasks_bring_their_labels_and_take_the_nodes_data() -> None:
         {"name": "topics", "data": {"name": "a", "labels": ["x", "y"]}, "rounds": {"count": 2}},
         {"name": "stars", "data": {"name": "b", "labels": ["1", "2"]}, "training": {"learning_rate": 1e-4}},
     ]
-    run = load_config(None, ["model.task_type=sequence-classification", f"tasks={json.dumps(tasks)}"])
+    sets = ["model.task_type=sequence-classification", "model.pooling=mean", "model.head=discriminants"]
+    run = load_config(None, [*sets, f"tasks={json.dumps(tasks)}"])
     config = merged(shared_settings(run), {}, {"topics": {"data.name": "/data/topics.csv"}}, shares=1)
+    assert config.model.pooling == "mean"  # what the head reads; how it begins is the server's alone
     assert [t["name"] for t in config.tasks] == ["topics", "stars"]
     assert config.tasks[0]["data.name"] == "/data/topics.csv"
     assert config.tasks[1]["data.name"] == "not held by this node"

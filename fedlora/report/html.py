@@ -485,8 +485,11 @@ def _usage(config: RunConfig) -> dict[str, str]:
             "",
             repr(config.model.name) + (f", revision={config.model.revision!r}" if config.model.revision else ""),
         )
+    text = "The folder adapter/ beside this page is an ordinary PEFT adapter."
+    if config.model.pooling == "mean":
+        text += " Its head reads the mean of the last hidden states: adapter/README.md has the lines for that."
     return {
-        "text": "The folder adapter/ beside this page is an ordinary PEFT adapter.",
+        "text": text,
         "code": f"from peft import PeftModel\nfrom transformers import {kind}\n{where}"
         f'\nmodel = PeftModel.from_pretrained({kind}.from_pretrained({base}{extra}), "adapter")',
     }

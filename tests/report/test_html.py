@@ -233,6 +233,18 @@ def test_classification_counts_right_labels(tmp_path: Path) -> None:
     assert "AutoModelForSequenceClassification.from_pretrained('org/base', num_labels=2)" in read.text
 
 
+def test_a_head_that_reads_means_and_begins_from_sums_is_told(tmp_path: Path) -> None:
+    own = ["data.name=a.csv", "model.task_type=sequence-classification", "model.labels=a,b", "model.name=org/base"]
+    (tmp_path / "means").mkdir()
+    (tmp_path / "plain").mkdir()
+    read, _ = page(run_folder(tmp_path / "means", [*own, "model.pooling=mean", "model.head=discriminants"]))
+    plain, _ = page(run_folder(tmp_path / "plain", own))
+    assert "Its head reads the mean of the last hidden states" in read.text
+    assert "of adapter factors and sums over rows did." in read.text
+    assert "Its head reads" not in plain.text
+    assert "of adapter factors did." in plain.text
+
+
 def test_a_thousand_clients_get_a_summary_and_the_extremes(tmp_path: Path) -> None:
     read, text = page(run_folder(tmp_path, ["rounds.clients=1000"], cohort=50))
     assert "1,000 clients, of which 50 took part" in read.text
