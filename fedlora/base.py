@@ -55,9 +55,7 @@ class Base:
     initial_head: Mapping[str, NDArray[np.float32]]  # as loaded; freshly initialised with a fixed seed if not on disk
     pad_id: int
     splits: bool  # whether logits are the output head on the last hidden states and nothing more; see `_splits`
-    classifier: nn.Module | None = (
-        None  # model.pooling=mean: gives logits `[rows, classes]` from means of hidden states
-    )
+    classifier: nn.Module | None = None  # of model.pooling=mean: logits `[rows, classes]` from means of hidden states
     _blocks_id: str | None = None
 
     def set_blocks(self, blocks: Sequence[Block], blocks_id: str) -> None:
@@ -312,6 +310,8 @@ def _targets(model: Any, config: ModelConfig, head: Mapping[str, Tensor]) -> dic
     """Adapted modules by name, by `config.target_modules`. Raises: ConfigError for an ending that matches nothing."""
     owners = {name.rpartition(".")[0] for name in head}
     able = {n: spec for n, m in model.named_modules() if n not in owners and (spec := _spec(m)) is not None}
+    if config.pooling == "mean":  # nothing that a pooler gives is read
+        able = {n: spec for n, spec in able.items() if "pooler" not in n.split(".")}
     wanted = config.target_modules
     if wanted == "all-linear":
         output = model.get_output_embeddings() if config.task_type == "causal-lm" else None

@@ -199,8 +199,10 @@ def test_a_head_may_read_the_mean_of_the_last_hidden_states(
     torch.manual_seed(0)
     settings = encoder_settings(BertConfig)
     (BertForSequenceClassification if pooler else BertForMaskedLM)(settings).save_pretrained(tmp_path)
-    base = classifier(tmp_path, pooling="mean", target_modules=("query", "value"))
+    base = classifier(tmp_path, pooling="mean")
     assert base.layout.head == {"classifier.bias": (3,), "classifier.weight": (3, 16)}
+    assert len(base.layout.modules) == 6
+    assert all(name.startswith("bert.encoder.") for name in base.layout.modules)
     rows = [
         TokenRow(np.arange(3, 3 + length, dtype=np.int32), np.zeros(length, np.bool_), label)
         for label, length in enumerate((9, 4, 6))
