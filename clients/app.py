@@ -65,6 +65,7 @@ def reply(message: Message, context: Context, *, rows: Rows | None = None) -> Me
         config=config,
         base=lambda: resident_base(config.model),
         rows=lambda task: own(config, index, task),
+        measured=None if rows else lambda task: encoded(config, index, task, again=False)[0],
         memory=memory,
         key=None if memory is None or not config.secure.on else lambda: simulated_key(memory, stable_id(index)),
     )

@@ -28,22 +28,27 @@ def resident_base(model: ModelConfig) -> Base:
     return load_base(model)
 
 
-def encoded(config: RunConfig, index: int, task: str = "") -> tuple[list[TokenRow], list[TokenRow]]:
+def encoded(
+    config: RunConfig, index: int, task: str = "", *, again: bool = True
+) -> tuple[list[TokenRow], list[TokenRow]]:
     """(training rows, held-out rows) of one client as tokens; the rows of the last clients stay in memory.
 
     In a task also what the settings have it train on again: some rows of old tasks (`continual.replay_rows` of each,
-    drawn once), or the rows of all tasks. Only the task's own rows are held out, or those of all.
+    drawn once; not with `again` False), or the rows of all tasks. Only the task's own rows are held out, or those of
+    all.
     """
     own, *others = replayed(config, task) if task else [""]
+    if not again and task != JOINT:
+        others = []
     train, held_out = _encoded(config.model_dump_json(), index, own)
     most = (config.continual.replay_rows or REPLAY_ROWS) if task != JOINT else None
     for other in others:
-        again, held = _encoded(config.model_dump_json(), index, other)
+        old, held = _encoded(config.model_dump_json(), index, other)
         if task == JOINT:
-            train, held_out = train + again, held_out + held
+            train, held_out = train + old, held_out + held
             continue
-        drawn = stream(config.seed, "replay", index, other).permutation(len(again))[:most]
-        train = train + [again[i] for i in sorted(drawn)]
+        drawn = stream(config.seed, "replay", index, other).permutation(len(old))[:most]
+        train = train + [old[i] for i in sorted(drawn)]
     return train, held_out
 
 

@@ -106,11 +106,11 @@ class Worker:
         config = self._settings(ask.settings)
         limits, part, held = self._node.limits, self._node.share[0], {task.name for task in self._node.tasks}
 
-        def rows(task: str) -> tuple[list[TokenRow], list[TokenRow]]:
+        def rows(task: str, again: bool = True) -> tuple[list[TokenRow], list[TokenRow]]:
             wanted = set(task_names(config)) if task == JOINT else {task} - {""}
             if not wanted <= held:
                 raise DataError(f"this node has no rows of task {task}; it has {', '.join(sorted(held)) or 'no tasks'}")
-            return encoded(config, part, task)
+            return encoded(config, part, task, again=again)
 
         return Client(
             id=self.id,
@@ -118,6 +118,7 @@ class Worker:
             config=config,
             base=lambda: resident_base(config.model),
             rows=rows,
+            measured=lambda task: rows(task, again=False)[0],
             memory=self._node.memory,
             key=lambda: self._key,
             trusted=self._peers(),

@@ -499,7 +499,8 @@ def compose(
     largest = max(done.result.adapter.ranks.values())
     table.add_row(f"{how}, error {done.result.relative_error:.2%}", "", f"{largest}", style="bold")
     console.print(table)
-    for line in (f"adapter: {done.folder}", f"try:     fedlora evaluate {done.folder} --model {done.base}"):
+    reads = " --set model.pooling=mean" if any(s.pooling == "mean" for s in done.sources) else ""
+    for line in (f"adapter: {done.folder}", f"try:     fedlora evaluate {done.folder} --model {done.base}{reads}"):
         console.print(line, markup=False, soft_wrap=True)
 
 

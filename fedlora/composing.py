@@ -54,6 +54,7 @@ class Source:
     base: str | None
     fingerprint: str | None
     labels: tuple[str, ...]
+    pooling: str | None  # what a classifier's head reads
     sha256: str  # of its weights file
     run: Path | None  # the run folder, if it is one
 
@@ -169,9 +170,10 @@ def read_source(word: str) -> Source:
     if task not in _TASKS:
         raise AdapterError(f"{name}: its task_type is {task}; fedlora combines {' and '.join(_TASKS)}")
     about = record.get("base", {})
-    labels = record.get("labels", ())
+    labels, pooling = record.get("labels", ()), record.get("pooling")
     if run is not None and task == "SEQ_CLS":
-        labels = load_config(run / "config.toml").model.labels
+        model = load_config(run / "config.toml").model
+        labels, pooling = model.labels, model.pooling
     weights_file = folder / "adapter_model.safetensors"
     return Source(
         name=name,
@@ -183,6 +185,7 @@ def read_source(word: str) -> Source:
         base=said.get("base_model_name_or_path") or None,
         fingerprint=about.get("fingerprint"),
         labels=tuple(labels) if task == "SEQ_CLS" else (),
+        pooling=pooling,
         sha256=hashlib.sha256(weights_file.read_bytes()).hexdigest(),
         run=run,
     )
@@ -234,6 +237,8 @@ def _one_base(sources: Sequence[Source], model: str | None) -> str:
             )
     for (what, i), (_, j) in _pairs([(s.labels, s) for s in sources if s.labels]):
         raise AdapterError(f"{i.name} and {j.name} have different labels, {what} and {j.labels}; order counts")
+    for (what, i), (_, j) in _pairs([(s.pooling, s) for s in sources if s.pooling]):
+        raise AdapterError(f"the head of {i.name} reads model.pooling={what}, that of {j.name} {j.pooling}")
     for (what, i), (_, j) in _pairs([(s.fingerprint, s) for s in sources if s.fingerprint]):
         raise BaseMismatch(f"{i.name} was trained on base {what[:12]}, {j.name} on {str(j.fingerprint)[:12]}")
     if model is not None:
@@ -317,6 +322,7 @@ def _settings(sources: Sequence[Source], examples: str, model: str | None, overr
         labels = next((s.labels for s in sources if s.labels), ())
         options += [f"model.task_type={sources[0].task_type}", f"data.name={rows}"]
         options += [f"model.labels={json.dumps(labels)}"] if labels else []
+        options += [f"model.pooling={s.pooling}" for s in sources if s.pooling][:1]
         config = load_config(None, [*options, *overrides])
     return config.model_copy(update={"data": config.data.model_copy(update={"test": rows})})
 
@@ -331,6 +337,7 @@ def _write(composed: Composed, recipe: Recipe, head: Mapping[str, Array], exampl
         "base": {"name": composed.base, "fingerprint": next((s.fingerprint for s in sources if s.fingerprint), None)},
         "task_type": sources[0].task_type,
         "labels": next((s.labels for s in sources if s.labels), ()),
+        "pooling": next((s.pooling for s in sources if s.pooling), None),
         "sources": [
             {"name": s.name, "weight": w, "rank": max(s.adapter.ranks.values()), "sha256": s.sha256}
             for s, w in zip(sources, composed.weights, strict=True)

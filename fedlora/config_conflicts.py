@@ -134,11 +134,8 @@ def conflicts(config: RunConfig, values: Values) -> Iterator[Conflict]:
             )
     elif kind == "files":
         yield ("data.partition.kind", "data.name"), "files need a folder of files in data.name, got the embedded skills"
-    if model.head != "random" and config.robust.rule != "none":
-        yield (
-            ("model.head", "robust.rule"),
-            f"one forged client could set the whole head: no rule is applied to sums; use random, got {model.head}",
-        )
+    if model.head != "random":
+        yield from _head_conflicts(config)
     if config.lora.rslora and config.lora.alpha is None:
         yield (
             ("lora.rslora", "lora.alpha"),
@@ -333,6 +330,26 @@ def _continual_conflicts(config: RunConfig, values: Values) -> Iterator[Conflict
         yield ("personal.steps", "tasks"), "local adapters come after a run of one task: leave it at 0"
     if config.training.optimizer_state == "keep":
         yield ("training.optimizer_state", "tasks"), "a new task begins with new moments: use fresh"
+
+
+def _head_conflicts(config: RunConfig) -> Iterator[Conflict]:
+    """What a head that is made of clients' sums cannot be combined with."""
+    for key, given in (
+        ("robust.rule", config.robust.rule != "none"),
+        ("rounds.max_norm", config.rounds.max_norm is not None),
+    ):
+        if given:
+            yield (
+                ("model.head", key),
+                "one forged client could set the whole head, for no rule and no bound is applied to sums: use random",
+            )
+    if config.wire.down != "float32":
+        yield (
+            ("model.head", "wire.down"),
+            f"the fitted head would be rounded to {config.wire.down} on its way and not at the server: use float32",
+        )
+    if config.tasks and config.continual.method == "nearest-mean":
+        yield ("model.head", "continual.method"), "nearest-mean trains no head: use random"
 
 
 def _way_conflicts(way: str, name: str) -> Iterator[Conflict]:

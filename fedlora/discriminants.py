@@ -31,18 +31,22 @@ __all__ = ["Within", "discriminants", "scatter"]
 
 SHRINK = 0.5  # share of S that is made the same in all directions; few rows tell their classes apart too well
 TEMPER = 4.0  # what evidence is divided by: features of one row are no independent witnesses (docs/LOG.md)
+_ROUNDING = 1e-4  # share of the energy; S below it cannot be told from float32 sums
+_LEAST = 1e-6  # share of the energy that S is taken to have at least off its vectors
+_ROUND = 0.01  # share of the energy that S is taken to have at least when it is made round
 
 
 @dataclass(frozen=True, kw_only=True)
 class Within:
     """Classes that were seen: `means [C, d]`, `counts [C]`, and what n S is: `values [k]` along the orthonormal columns
-    of `vectors [d, k]`, `even` along every other direction."""
+    of `vectors [d, k]`, `even` along every other direction; `energy` is that of all rows, means and all."""
 
     means: Float64
     counts: Float64
     vectors: Float64
     values: Float64
     even: float
+    energy: float
 
     def solved(self, top: Array, rest: float) -> Float64:
         """`n M^-1 mu_c`, `[C, d]`, where M is `top [k]` along `vectors` and `rest` along all else."""
@@ -59,9 +63,12 @@ def scatter(sums: Array, counts: Array, sketch: Array, energy: float, omega: Arr
     means: Float64 = sums.astype(np.float64) / n[:, None]
     inner = sketch - (means * n[:, None]).T @ (means @ omega)
     left = max(energy - float(np.sum(n * np.sum(means**2, axis=1))), 0.0)
-    vectors, values = second_moment(inner, omega, left)
-    even = max(left - float(values.sum()), 1e-6 * left, 1e-12) / max(len(vectors) - len(values), 1)
-    return Within(means=means, counts=n, vectors=vectors, values=values, even=even)
+    if left <= _ROUNDING * energy:  # each class is one point, and the sketch of S is what rounding leaves
+        vectors, values = np.zeros((len(inner), 0)), np.zeros(0)
+    else:
+        vectors, values = second_moment(inner, omega, left)
+    even = max(left - float(values.sum()), _LEAST * energy) / max(len(vectors) - len(values), 1)
+    return Within(means=means, counts=n, vectors=vectors, values=values, even=even, energy=energy)
 
 
 def discriminants(within: Within, shrink: float = SHRINK, temper: float = TEMPER) -> tuple[Float64, Float64]:
@@ -72,7 +79,8 @@ def discriminants(within: Within, shrink: float = SHRINK, temper: float = TEMPER
     eq. 18, towards one size.
     """
     width = len(within.vectors)
-    size = (float(within.values.sum()) + within.even * (width - len(within.values))) / width
+    trace = float(within.values.sum()) + within.even * (width - len(within.values))
+    size = max(trace, _ROUND * within.energy) / width
     kept, added = 1.0 - shrink, shrink * size
     weights = within.solved(kept * within.values + added, kept * within.even + added) / temper
     share = within.counts / within.counts.sum()

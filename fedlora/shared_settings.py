@@ -26,6 +26,7 @@ SHARED: Final = (
     "model.target_modules",
     "model.max_length",
     "model.pooling",
+    "model.head",
     "data.prompt",
     "data.labels",
     "data.holdout",

@@ -309,10 +309,10 @@ class Measure:
     `feature:sum` `[classes, features]` and `feature:count` `[classes]`: features of the bare base by label (one class
     for rows without labels), each scaled to norm 1, and with `columns` `feature:sketch` `[features, columns]`, the sum
     of f f^T Omega (`fedlora.continual.router.omega`); `read:sum` `[reads, features]`, `read:count`, `read:energy` `[1]`
-    and `read:sketch`: the same of what a classifier's head reads under the blocks that the ask attaches, means of last
-    hidden states as they are, with their energy, the sum of |h|^2 (`fedlora.discriminants`); `fisher-A:module`,
-    `fisher-B:module`: the sum over at most `fisher` rows of the squared gradient of that row's loss, by entry of the
-    ask's `A:` and `B:`.
+    and `read:sketch`: the same, and |h|^2, of what a classifier's head reads under the blocks that the ask attaches,
+    means of last hidden states as they are; divided by the rows, so that counts are shares (`fedlora.discriminants`);
+    `fisher-A:module`, `fisher-B:module`: the sum over at most `fisher` rows of the squared gradient of that row's
+    loss, by entry of the ask's `A:` and `B:`.
     """
 
     sketch: int = 0

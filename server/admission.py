@@ -17,6 +17,7 @@ from strategies.gram import head_change_of, update_of
 MAX_EXAMPLES = 10**9  # rows of one client; more is a mistake or an attempt to own the mean
 MAX_VALUE = 1e6  # of a trained factor or head; far above any sane weight, far below what overflows float32 in a product
 MAX_MEASURE = 1e15  # of a reported measure, so that sums over clients stay finite
+SHARES = 1e-3  # how far from 1 shares may sum, in float32
 MAX_MEASURES = 4096  # names in one answer
 _SUMS = {"correct", "counted", "loss", "tokens"}
 _RULES = {"base": "other base", "code": "other code"}
@@ -31,7 +32,13 @@ def plain(text: object, limit: int) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text)[:limit])
 
 
-_SQUARES = ("energy:", "feature:count", "fisher-")  # what a measurement cannot have below zero
+_SQUARES = (
+    "energy:",
+    "feature:count",
+    "fisher-",
+    "read:count",
+    "read:energy",
+)  # what a measurement cannot have below zero
 
 
 def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]] | None, max_bytes: int) -> Answer:
@@ -72,6 +79,9 @@ def admit(data: bytes, asked: Header, *, expected: Mapping[str, tuple[int, ...]]
             raise refuse(
                 "absurd value", f"{key} has a value of {float(x.min()):.3g}, and sums of squares have none below 0"
             )
+    shares = answer.arrays.get("read:count") if asked.kind == "measure" else None
+    if shares is not None and abs(float(np.sum(shares, dtype=np.float64)) - 1.0) > SHARES:
+        raise refuse("absurd value", f"read:count sums to {float(np.sum(shares)):.4g}, and shares of rows sum to 1")
     if asked.kind == "secure" and (answer.examples or answer.metrics or answer.info):
         raise refuse("secure sum", "an answer in a secure sum carries its message and nothing else")
     least = 1 if asked.kind in ("train", "measure") else 0

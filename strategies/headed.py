@@ -9,7 +9,7 @@ What clients give tells the server the mean of each of their classes: it is not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -32,15 +32,16 @@ def headed(method: Method, config: RunConfig) -> Method:
         return method
 
     def protocol(state: GlobalState, cohort: Cohort) -> Round:
-        if cohort.round == 1:
+        if state.version == 0:  # rounds that nobody was drawn for leave it so
             task, layout = state.open_task, state.layout
             what = Measure(seed=config.seed, reads=len(config.model.labels), columns=min(COLUMNS, layout.features))
             ask = Ask(task=task.name, measure=what, arrays=keyed("head", task.extras))
             answers: Mapping[str, Answer] = yield {m.id: ask for m in cohort.members}
             sums = Sums(expected_arrays(ask, layout))
             for _, answer in in_order(answers, cohort):
-                sums.add(answer.arrays, 1.0)
-            task = replace(task, extras=fitted_head(task.extras, sums.total(), config.seed))
+                sums.add(answer.arrays, float(answer.examples))
+            own = range(len(config.model.labels))
+            task = replace(task, extras=fitted_head(task.extras, sums.total(), own, config.seed))
             state = replace(state, tasks={**state.tasks, task.name: task})
         closed: Closed = yield from method.protocol(state, cohort)
         return closed
@@ -48,15 +49,25 @@ def headed(method: Method, config: RunConfig) -> Method:
     return replace(method, protocol=protocol)
 
 
-def fitted_head(head: Mapping[str, Array], sums: Mapping[str, Array], seed: int) -> dict[str, Array]:
-    """A head `[classes, features]` whose classes that somebody has are linear discriminants; the others stay.
+def fitted_head(
+    head: Mapping[str, Array], sums: Mapping[str, Array], own: Sequence[int], seed: int
+) -> dict[str, Array]:
+    """A head `[classes, features]` whose rows of the classes `own` are linear discriminants; all others stay.
 
-    `sums` are what the answers' `read:` arrays add up to. Raises: MethodError as `fedlora.discriminants.scatter`.
+    `sums` are what the answers' `read:` arrays, each times its rows, add up to. A class of `own` that nobody has yet is
+    taken to have one row, the mean of all: it is a little behind the others and not lost.
+    Raises: MethodError as `fedlora.discriminants.scatter`.
     """
-    seen, sketch = np.flatnonzero(sums["read:count"] > 0), sums["read:sketch"]
-    means, counts, energy = sums["read:sum"][seen], sums["read:count"][seen], float(sums["read:energy"][0])
-    weights, offsets = discriminants(scatter(means, counts, sketch, energy, omega(seed, *sketch.shape)))
+    total, counts, sketch = sums["read:sum"], sums["read:count"], sums["read:sketch"]
+    seen = np.flatnonzero(counts > 0.0)
+    within = scatter(total[seen], counts[seen], sketch, float(sums["read:energy"][0]), omega(seed, *sketch.shape))
+    weights, offsets = discriminants(within)
+    share = within.counts / within.counts.sum()
+    middle = share @ weights  # the discriminant of the mean of all, for it is linear in means
+    at = {int(c): (weights[i], offsets[i]) for i, c in enumerate(seen)}
+    unseen = middle, -np.log1p(within.counts.sum()) - float(middle @ (share @ within.means)) / 2.0
     made = {name: np.array(x) for name, x in head.items()}
     for x in made.values():
-        x[seen] = weights if x.ndim == 2 else offsets
+        for c in own:
+            x[c] = at.get(c, unseen)[0 if x.ndim == 2 else 1]
     return made

@@ -222,11 +222,11 @@ class _Stream:
     def _open_task(self, state: GlobalState, leg: Leg, cohort: Cohort) -> Steps[GlobalState]:
         tasks, memory = dict(state.tasks), {}
         before = sealed_in_order(state)
-        fitted = self._config.model.head == "discriminants" and self._way != "nearest-mean"
+        own = self._fitted(leg, before) if self._config.model.head == "discriminants" else []
         moments: Moments = {}
-        if fitted or self._way == "input-aware":
+        if own or self._way == "input-aware":
             moments, sums = yield from self._measured(
-                state, leg, cohort, inputs=self._way == "input-aware", features=False, reads=fitted
+                state, leg, cohort, inputs=self._way == "input-aware", features=False, reads=bool(own)
             )
         if self._way in ONE_PAIR and before:
             last = before[-1]
@@ -251,8 +251,20 @@ class _Stream:
                 basis = _turned(basis, task.public_seed)
             task = replace(task, name=leg.name, subspace=subspace, basis=basis)
         head = dict(state.memory.get(HEAD, {})) if self._way == "separate" else joint_head(state, self._config)
-        tasks[leg.name] = replace(task, extras=fitted_head(head, sums, self._config.seed) if fitted else head)
+        tasks[leg.name] = replace(task, extras=fitted_head(head, sums, own, self._config.seed) if own else head)
         return _with_owned(replace(state, tasks=tasks), leg.name, memory)
+
+    def _fitted(self, leg: Leg, before: Sequence[Task]) -> list[int]:
+        """The classes whose rows of the head begin as discriminants: a task's own, but where one pair and head go on
+        from task to task, those that were trained before."""
+        labels = self._config.model.labels
+
+        def classes(task: str) -> set[int]:
+            own = task_config(self._config, task).data.labels if task != JOINT else ()
+            return {labels.index(name) for name in own or labels}
+
+        known = set().union(*(classes(t.name) for t in before)) if self._way in ONE_PAIR else set()
+        return sorted(classes(leg.name) - known)
 
     def _allotted(self, state: GlobalState, leg: Leg, found: Moments) -> tuple[Subspace, dict[str, Array]]:
         """A subspace for a new task, and its basis by module; `found` are its inputs, where they count."""
@@ -438,7 +450,7 @@ class _Stream:
         answers: Mapping[str, Answer] = yield {m.id: ask for m in cohort.members}
         sums = Sums(expected_arrays(ask, layout))
         for _, answer in in_order(answers, cohort):
-            means = {k: x * answer.examples for k, x in answer.arrays.items() if k.startswith(("sketch", "energy"))}
+            means = {k: x * answer.examples for k, x in answer.arrays.items() if not k.startswith("feature")}
             sums.add({**answer.arrays, **means}, 1.0)
         total = sums.total()
         found = self._moments(total, widths) if inputs else {}

@@ -103,3 +103,16 @@ def test_another_omega_is_refused() -> None:
     total, counts, sketch, energy, omega = sums(x, labels, 6)
     with pytest.raises(MethodError, match="asymmetric"):
         scatter(total, counts, sketch, energy, omega[::-1])
+
+
+@pytest.mark.parametrize("again", [1, 10])
+def test_classes_of_one_point_have_a_rule_too(again: int) -> None:
+    """Float32 sums of rows that equal their class mean: nothing is left of S but rounding."""
+    points = np.random.default_rng(3).normal(size=(CLASSES, WIDTH)) + 5.0
+    x, labels = np.tile(points, (again, 1)), np.tile(np.arange(CLASSES), again)
+    total, counts, sketch, energy, omega = sums(x, labels, 6)
+    weights, offsets = discriminants(
+        scatter(total.astype(np.float32), counts, sketch.astype(np.float32), float(np.float32(energy)), omega)
+    )
+    assert ((x @ weights.T + offsets).argmax(1) == labels).all()
+    assert np.abs(x @ (weights - weights.mean(0)).T).max() < 1e4

@@ -100,7 +100,7 @@ def _features_by_label(base: Base, rows: Sequence[TokenRow], what: Measure, batc
 
 
 def _reads_by_label(base: Base, rows: Sequence[TokenRow], what: Measure, batch_size: int, who: str) -> Sums:
-    """Sums by class of what the head reads under what is attached, their energy and their sketch."""
+    """Sums by class of what the head reads under what is attached, their energy and their sketch, by the rows."""
     if base.classifier is None or not what.columns or any(row.label is None for row in rows):
         raise TrainingError(
             f"{who}: what a head reads needs model.pooling=mean, columns of a sketch, and labelled rows"
@@ -110,7 +110,7 @@ def _reads_by_label(base: Base, rows: Sequence[TokenRow], what: Measure, batch_s
         for batch, indices in in_order(rows, batch_size=batch_size, pad_id=base.pad_id):
             found[indices] = mean_states(base, batch, batch.attention).cpu().numpy()
     sums = _sums_by_label("read", found, np.array([row.label for row in rows]), what.reads, what, who)
-    return {**sums, "read:energy": np.array([np.sum(found**2)])}
+    return {key: x / len(rows) for key, x in {**sums, "read:energy": np.array([np.sum(found**2)])}.items()}
 
 
 def _sums_by_label(

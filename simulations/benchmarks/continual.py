@@ -82,7 +82,7 @@ def settings(order: list[str], data: Path, way: str, split: str, more: list[str]
         "model.target_modules": "query,value",
         "model.max_length": 32,
         "model.pooling": "mean",
-        "model.head": "discriminants",
+        "model.head": "random" if name == "nearest-mean" else "discriminants",
         "data.holdout": 0.0,
         "rounds.clients": 6,
         "rounds.count": 5,

@@ -61,6 +61,7 @@ def test_replay_adds_a_stated_number_of_each_old_task(sets: tuple[str, ...], mos
     for rows, name in zip(old, "ab", strict=True):
         assert set(rows) <= {f"{name}3-{i}" for i in range(OWN)}
     assert encoded(config, 3, "a")[0] == [f"a3-{i}" for i in range(OWN)]
+    assert client.encoded(config, 3, "c", again=False)[0] == [f"c3-{i}" for i in range(OWN)]  # what is measured
 
 
 @pytest.mark.usefixtures("plain")
@@ -79,6 +80,7 @@ def test_the_buffer_is_drawn_once() -> None:
 @pytest.mark.usefixtures("plain")
 def test_all_tasks_at_once_are_all_rows() -> None:
     train, held = encoded(config_of("joint"), 3, JOINT)
+    assert client.encoded(config_of("joint"), 3, JOINT, again=False) == (train, held)
     assert train == [f"{n}3-{i}" for n in "abc" for i in range(OWN)]
     assert held == [f"{n}3-held-{i}" for n in "abc" for i in range(HELD)]
 

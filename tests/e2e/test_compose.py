@@ -381,6 +381,22 @@ def test_classifiers_of_other_labels(folders: dict[str, Path], tmp_path: Path) -
     assert json.loads((tmp_path / "out" / "compose.json").read_text())["labels"] == ["x", "y", "z"]
 
 
+def test_classifiers_that_read_other_things(folders: dict[str, Path], tmp_path: Path) -> None:
+    kind = AutoModelForSequenceClassification
+    a, b = (
+        peft_folder(folders["bert"], tmp_path / n, i, kind=kind, r=2, target_modules=["query"])
+        for i, n in enumerate("ab")
+    )
+    for folder, pooling in ((a, "mean"), (b, "model")):
+        (folder / "compose.json").write_text(json.dumps({"pooling": pooling}))
+    with pytest.raises(AdapterError, match=r"the head of .*a reads model.pooling=mean, that of .*b model"):
+        call("compose", f"{a}=1", f"{b}=1", "--out", str(tmp_path / "out"))
+    (b / "compose.json").unlink()
+    said = call("compose", f"{b}=1", f"{a}=1", "--out", str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "compose.json").read_text())["pooling"] == "mean"
+    assert "--set model.pooling=mean" in " ".join(said.split())
+
+
 def test_mistakes_are_named(two: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run").mkdir()

@@ -116,3 +116,22 @@ def test_a_measurement_has_rows_and_no_negative_squares() -> None:
     for energy, examples, why in ((-1.0, 3, "sums of squares have none below 0"), (2.0, 0, "weight must be from 1")):
         with pytest.raises(AnswerRejected, match=why):
             admit(said(energy, examples), asked, expected=shapes, max_bytes=10**6)
+
+
+def test_what_a_head_reads_comes_as_shares_of_rows() -> None:
+    asked = Header(run="r", round=1, client="c", kind="measure")
+    shapes = {"read:count": (3,), "read:energy": (1,)}
+
+    def said(count: list[float], energy: float) -> bytes:
+        arrays = {"read:count": np.array(count, np.float32), "read:energy": np.array([energy], np.float32)}
+        return encode_answer(asked, Answer(examples=30, arrays=arrays))
+
+    assert admit(said([0.1, 0.9, 0.0], 2.0), asked, expected=shapes, max_bytes=10**6).examples == 30
+    for count, energy, why in (
+        ([0.5, 0.8, -0.3], 2.0, "read:count has a value of -0.3, and sums of squares have none below 0"),
+        ([1.0, 0.0, 0.0], -2.0, "read:energy has a value of -2"),
+        ([1.0, 2.0, 0.0], 2.0, "read:count sums to 3, and shares of rows sum to 1"),
+        ([0.0, 0.0, 0.0], 2.0, "read:count sums to 0, and shares"),
+    ):
+        with pytest.raises(AnswerRejected, match=f"absurd value: {why}"):
+            admit(said(count, energy), asked, expected=shapes, max_bytes=10**6)

@@ -151,8 +151,9 @@ def read_sums(what: Measure, task: str, client: str, width: int) -> dict[str, Ar
     h[np.arange(40), labels % width] += 3.0
     total = np.stack([h[labels == c].sum(0) for c in range(what.reads)])
     test = public_normal(what.seed, "sketch", "feature", shape=(width, what.columns))
-    return {"read:sum": total, "read:count": np.bincount(labels, minlength=what.reads),
-            "read:energy": np.array([np.sum(h**2)]), "read:sketch": h.T @ (h @ test)}  # fmt: skip
+    counts = np.bincount(labels, minlength=what.reads)
+    found = {"sum": total, "count": counts, "energy": np.array([np.sum(h**2)]), "sketch": h.T @ (h @ test)}
+    return {f"read:{key}": x / len(h) for key, x in found.items()}
 
 
 def second_moment_of(task: str, client: str, name: str, width: int) -> NDArray[np.float64]:
@@ -635,37 +636,72 @@ CLASSES = Layout(modules=LAYOUT.modules, head={"score.bias": (4,), "score.weight
 FITTED = ("model.pooling=mean", "model.head=discriminants")
 
 
+OWN = {"a": (1, 0, 2), "b": (2,), "c": (0, 3)}  # by task, as indices of LABELS; nobody has rows of class 3
+NEW = {1: (0, 1, 2), 3: (), 5: (3,)}  # where one pair goes on, by the round in which a task begins
+
+
 @pytest.mark.parametrize("way", ["none", *EVERY_WAY, "joint"])
 def test_a_head_begins_as_the_discriminants_of_what_it_reads(way: str) -> None:
-    """Of all clients' sums, under the tasks sealed before; a class that nobody has keeps the row that it had."""
+    """Of all clients' sums, under the tasks sealed before; only of a task's own classes, and where one pair and head go
+    on only of those that are new. A class that nobody has yet is a mean of the others."""
     if way == "none":
         sets = ["model.task_type=sequence-classification", "data.name=rows.csv", f"model.labels={json.dumps(LABELS)}"]
         run = Run("subspace", [*sets, *FITTED], tables=(), layout=CLASSES)
     else:
-        run = labelled(way, *FITTED, layout=CLASSES)
-    state, expected = run.open(), {}
+        own = {n: {"data.labels": [LABELS[c] for c in classes]} for n, classes in OWN.items()}
+        sets = ["model.task_type=sequence-classification", "data.name=rows.csv", f"model.labels={json.dumps(LABELS)}"]
+        run = Run(way, [*sets, *FITTED], tables=tasks("a", "b", "c", **own), layout=CLASSES)
+    state, fitted = run.open(), {}
     for number in range(1, 4 if way == "none" else 7):
         seen = len(run.asked)
         blocks = blocks_of(state, () if way == "separate" else sealed_in_order(state))
-        old = joint_head(state, run.config) if way not in ("none", "separate") else None
+        before = state.open_task.extras if way == "none" else joint_head(state, run.config)
+        if way == "separate":
+            before = state.memory[HEAD]
         state = run.round(state, number)
-        for _, asks in run.asked[seen:]:
-            if not any(ask.measure is not None and ask.measure.reads for ask in asks.values()):
-                continue
-            assert len(asks) == 3
-            assert number not in expected
-            assert {blocks_id(ask.blocks) for ask in asks.values()} == {blocks_id(blocks)}
-            answers = [run.answer(client, ask).arrays for client, ask in asks.items()]
-            sums = {k: np.sum([a[k] for a in answers], 0, dtype=np.float64) for k in answers[0] if k[:5] == "read:"}
-            energy, test = float(sums["read:energy"][0]), omega(run.config.seed, 5, 5)
-            found = scatter(sums["read:sum"][:3], sums["read:count"][:3], sums["read:sketch"], energy, test)
-            expected[number] = discriminants(found)
-            first = next(iter(run.training(number).values()))
-            weights, offsets = first.arrays["head:score.weight"], first.arrays["head:score.bias"]
-            np.testing.assert_allclose(weights[:3], expected[number][0], rtol=1e-4, atol=1e-5)
-            np.testing.assert_allclose(offsets[:3], expected[number][1], rtol=1e-4, atol=1e-5)
-            assert old is None or weights[3].tobytes() == old["score.weight"][3].tobytes()
-    assert list(expected) == ([1] if way in ("none", "joint") else [1, 3, 5])
+        measured = [asks for _, asks in run.asked[seen:] if any(a.measure and a.measure.reads for a in asks.values())]
+        if not measured:
+            continue
+        [asks] = measured
+        assert len(asks) == 3
+        assert {blocks_id(ask.blocks) for ask in asks.values()} == {blocks_id(blocks)}
+        classes = (0, 1, 2, 3) if way in ("none", "joint") else OWN["abc"[number // 2]]
+        fitted[number] = sorted(NEW[number] if way in ONE_PAIR else classes)
+        answers = [run.answer(client, ask) for client, ask in asks.items()]
+        sums = {
+            k: np.sum([a.examples * a.arrays[k] for a in answers], 0, dtype=np.float64)
+            for k in answers[0].arrays
+            if k.startswith("read:")
+        }
+        test = omega(run.config.seed, 5, 5)
+        within = scatter(
+            sums["read:sum"][:3], sums["read:count"][:3], sums["read:sketch"], float(sums["read:energy"][0]), test
+        )
+        want, at = discriminants(within)
+        first = next(iter(run.training(number).values()))
+        weights, offsets = first.arrays["head:score.weight"], first.arrays["head:score.bias"]
+        for c in range(4):
+            if c not in fitted[number]:
+                assert weights[c].tobytes() == before["score.weight"][c].tobytes()
+            elif c == 3:  # as if it had one row, at the mean of all: the rule is linear in means
+                share = within.counts / within.counts.sum()
+                np.testing.assert_allclose(weights[c], share @ want, rtol=1e-4, atol=1e-5)
+                prior = -np.log(within.counts.sum() + 1.0)
+                np.testing.assert_allclose(offsets[c], prior - weights[c] @ (share @ within.means) / 2, rtol=1e-4)
+            else:
+                np.testing.assert_allclose(weights[c], want[c], rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(offsets[c], at[c], rtol=1e-4, atol=1e-5)
+    rounds = [1] if way in ("none", "joint") else [1, 5] if way in ONE_PAIR else [1, 3, 5]
+    assert list(fitted) == rounds
+
+
+def test_a_head_is_fitted_in_the_first_round_that_somebody_is_drawn_for() -> None:
+    sets = ["model.task_type=sequence-classification", "data.name=rows.csv", f"model.labels={json.dumps(LABELS)}"]
+    run = Run("subspace", [*sets, *FITTED], tables=(), layout=CLASSES)
+    state = run.open()
+    for number in (3, 4):  # nobody was drawn for the rounds before, so the state is still the first
+        state = run.round(state, number)
+    assert [n for n, asks in run.asked if any(a.measure for a in asks.values())] == [3]
 
 
 def test_random_heads_are_asked_nothing() -> None:

@@ -166,12 +166,12 @@ def test_what_a_head_reads_is_the_mean_of_hidden_states_under_the_blocks(
         read = [model.bert(input_ids=tokens_of(row)).last_hidden_state[0].mean(0).numpy() for row in labelled]  # type: ignore[operator,union-attr]
     h = np.stack(read).astype(np.float64)
     labels = np.array([row.label for row in labelled])
-    total = np.stack([h[labels == c].sum(0) for c in range(4)])
-    np.testing.assert_allclose(answer.arrays["read:sum"], total, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(answer.arrays["read:count"], np.bincount(labels, minlength=4))
-    np.testing.assert_allclose(answer.arrays["read:energy"], [np.sum(h**2)], rtol=1e-5)
-    sketch = h.T @ (h @ omega(3, base.layout.features, 5))
-    np.testing.assert_allclose(answer.arrays["read:sketch"], sketch, rtol=1e-4, atol=1e-3)
+    total, n = np.stack([h[labels == c].sum(0) for c in range(4)]), len(labelled)
+    np.testing.assert_allclose(answer.arrays["read:sum"], total / n, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(answer.arrays["read:count"], np.bincount(labels, minlength=4) / n, rtol=1e-6)
+    np.testing.assert_allclose(answer.arrays["read:energy"], [np.sum(h**2) / n], rtol=1e-5)
+    sketch = h.T @ (h @ omega(3, base.layout.features, 5)) / n
+    np.testing.assert_allclose(answer.arrays["read:sketch"], sketch, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["causal", "subspace", "classifier"])
