@@ -16,7 +16,7 @@ from clients import app as client
 from fedlora.code import code_digest
 from fedlora.config import flat, load_config
 from fedlora.errors import CheckpointError, TrainingError
-from fedlora.state import Answer, Ask, Header, Layout, LocalTraining, Module, TrainPlan
+from fedlora.state import Answer, Ask, Header, Layout, LocalTraining, Measure, Module, TrainPlan
 from fedlora.wire import decode_answer, encode_ask
 from simulations.engine import LocalGrid
 
@@ -39,7 +39,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Header]:
     monkeypatch.setattr(
         client, "resident_base", lambda model: SimpleNamespace(fingerprint=BASE, layout=LAYOUT, initial_head={})
     )
-    monkeypatch.setattr(client, "encoded", lambda config, index, task="": ([], []))
+    monkeypatch.setattr(client, "encoded", lambda config, index, task="", again=True: ([], []))
     monkeypatch.setattr(answering, "train_client", train)
     monkeypatch.setattr(answering, "attach", lambda *args: None)
     return seen
@@ -74,6 +74,19 @@ def test_a_hello_says_who_it_is(trained: list[Header]) -> None:
         "keeps": False,
         "key": "",
     }
+
+
+def test_rows_of_old_tasks_are_trained_on_and_not_measured(
+    trained: list[Header], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {True: ["own", "own", "old"], False: ["own", "own"]}
+    monkeypatch.setattr(client, "encoded", lambda config, index, task="", again=True: (rows[again], []))
+    monkeypatch.setattr(answering, "measure", lambda base, header, ask, rows, batch_size: Answer(examples=len(rows)))
+    asked = encode_ask(replace(ASK, kind="measure"), Ask(measure=Measure(sketch=1)))
+    record = RecordDict({"fedlora": ArrayRecord({"bytes": Array(np.frombuffer(asked, np.uint8))})})
+    [reply] = grid_in(None).send_and_receive([Message(record, 1001, MessageType.QUERY)])
+    data = reply.content["fedlora"]["bytes"].numpy().tobytes()  # type: ignore[index,union-attr]
+    assert decode_answer(data, max_bytes=10**6)[1].examples == 2
 
 
 def test_the_same_ask_is_not_trained_twice(trained: list[Header], tmp_path: Path) -> None:

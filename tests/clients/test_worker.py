@@ -93,7 +93,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Header]:
 
     base = SimpleNamespace(fingerprint=BASE, layout=LAYOUT, initial_head={})
     monkeypatch.setattr(working, "resident_base", lambda model: base)
-    monkeypatch.setattr(working, "encoded", lambda config, index, task="": ([], []))
+    monkeypatch.setattr(working, "encoded", lambda config, index, task="", again=True: ([], []))
     monkeypatch.setattr(answering, "train_client", train)
     monkeypatch.setattr(answering, "attach", lambda *args: None)
     return seen
@@ -121,6 +121,14 @@ def test_what_the_operator_did_not_sign_reaches_nothing(node: Node, trained: lis
         node.worker.answered(sign_ask(b"no ask", node.operator, new_nonce()))
     assert trained == []
     assert not (tmp_path / "memory").exists()
+
+
+def test_rows_of_old_tasks_are_not_measured(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {True: ["own", "own", "old"], False: ["own", "own"]}
+    monkeypatch.setattr(working, "encoded", lambda config, index, task="", again=True: (rows[again], []))
+    monkeypatch.setattr(answering, "measure", lambda base, header, ask, rows, batch_size: Answer(examples=len(rows)))
+    asked = Ask(measure=Measure(sketch=1), settings=SETTINGS)
+    assert node.said(node.header(kind="measure"), asked).examples == 2
 
 
 def test_the_same_ask_signed_again_gets_the_same_answer_and_trains_once(node: Node, trained: list[Header]) -> None:
