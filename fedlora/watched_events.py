@@ -20,7 +20,7 @@ RULES: Final = frozenset(
         "answer lost",
         *("hello", "revoked", "other node", "other base", "other layout", "other code", "rank", "same id twice"),
         *("not signed", "signature", "stale", "not the answer asked for"),
-        *("size", "not finite", "absurd value", "norm", "example count", "measures", "secure sum"),
+        *("size", "not finite", "absurd value", "norm", "moments", "example count", "measures", "secure sum"),
         *("members", "sender", "session", "stage", "keys", "shares", "survivors", "twice"),
         *("dishonest-shares", "tampered-share"),
         *(name for name, kind in vars(errors).items() if isinstance(kind, type)),

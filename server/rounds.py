@@ -48,6 +48,7 @@ from server.channel import Channel, Plain
 from server.evaluate import Evaluator, TasksEvaluator, evaluation_ask, summary
 from server.exchange import Asked, Failure, exchange
 from server.holdings import OWNER, Holdings, Offer
+from server.moments import require_moments
 from server.private import OWNER as ACCOUNT
 from server.private import Account
 from server.releases import Releases
@@ -574,6 +575,8 @@ class Conductor:
             answer = admit(data, asked, expected=expected(client), max_bytes=wire.max_bytes)
             if kind == "train" and self._config.rounds.max_norm is not None:
                 require_norm(asks[client], answer, client, state.layout, self._config.rounds.max_norm)
+            if kind == "measure":
+                require_moments(asks[client], answer, client)
             return answer
 
         for client in sorted(asks):  # what was accepted before a crash stays accepted

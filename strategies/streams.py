@@ -414,7 +414,7 @@ class _Stream:
                     report["effect_on_old"] = _effect_on_old(task, found, before, state.layout)
                 kept = dict(state.memory.get(INPUTS, {}))
                 for name in state.layout.inputs():
-                    energy = sums[f"energy:{name}"]
+                    energy = float(sums[f"energy:{name}"][0]) or 1.0  # without any, the sketch is nothing too
                     for key in (f"sketch:{name}", f"energy:{name}"):
                         kept[key] = kept.get(key, 0.0) + sums[key] / energy
                 state = _remembering(state, INPUTS, kept)

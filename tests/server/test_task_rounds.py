@@ -22,6 +22,7 @@ from fedlora.state import Answer, Ask, Block, GlobalState, Header, Layout, Modul
 from fedlora.wire import encode_answer, encode_state
 from server import checkpoint
 from server.holdings import OWNER
+from server.rounds import STRIKES
 from simulations.benchmarks.stand_in import follow
 from strategies.streams import sealed_in_order
 
@@ -69,7 +70,7 @@ def town(lab: Any, fakes: Any, tmp_path: Path) -> Callable[..., Any]:
         def honest(self, header: Header, ask: Ask) -> Answer:
             rows = 10 + self.index
             if header.kind == "measure":
-                return Answer(examples=rows, arrays=measured(ask, self.id))
+                return Answer(examples=rows, arrays=measured(ask, self.id, rows))
             if header.kind == "train":
                 self.trained += 1
                 layout = LAYOUT if ask.subspace is None else LAYOUT.within(ask.subspace.dim)
@@ -97,7 +98,8 @@ def town(lab: Any, fakes: Any, tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
-def measured(ask: Ask, client: str) -> dict[str, np.ndarray]:
+def measured(ask: Ask, client: str, rows: int) -> dict[str, np.ndarray]:
+    """Moments of random inputs, and of as many features of norm 1 as it has rows; Fisher information is whatever."""
     assert ask.measure is not None
     arrays: dict[str, np.ndarray] = {}
     for key, shape in expected_arrays(ask, LAYOUT).items():
@@ -106,7 +108,13 @@ def measured(ask: Ask, client: str) -> dict[str, np.ndarray]:
             x = rng.normal(size=(9, shape[0]))
             arrays[key] = x.T @ (x @ once(ask.measure.seed, "sketch", name, shape=shape)) / 9
             arrays[f"energy:{name}"] = np.array([np.sum(x**2) / 9])
-        elif not key.startswith("energy"):
+        elif key == "feature:sketch":
+            f = rng.normal(size=(rows, shape[0]))
+            f /= np.linalg.norm(f, axis=1, keepdims=True)
+            one = np.eye(ask.measure.classes)[np.arange(rows) % ask.measure.classes]
+            test = once(ask.measure.seed, "sketch", "feature", shape=shape)
+            arrays |= {key: f.T @ (f @ test), "feature:sum": one.T @ f, "feature:count": one.sum(0)}
+        elif key.startswith("fisher"):
             arrays[key] = rng.uniform(0.1, 1.0, shape)
     return {k: x.astype(np.float32) for k, x in arrays.items()}
 
@@ -151,8 +159,8 @@ def require_right_weights(lab: Any, seen: Mapping[int, GlobalState], first: int 
     return count
 
 
-def without_holdings(state: GlobalState) -> bytes:
-    return encode_state(replace(state, memory={k: v for k, v in state.memory.items() if k != OWNER}))
+def without_holdings(state: GlobalState, *more: str) -> bytes:
+    return encode_state(replace(state, memory={k: v for k, v in state.memory.items() if k not in (OWNER, *more)}))
 
 
 WAYS = [
@@ -272,6 +280,25 @@ def test_a_measurement_below_quorum_is_repeated_from_the_start_of_its_round(town
     ]
     assert event["missing"] == []
     assert [n["round"] for n in one.notes if n["event"] == "retry"] == [number]
+
+
+def test_a_forged_sketch_is_refused_by_name_and_spoils_nothing(town: Any, fakes: Any) -> None:
+    """Its sums would have been no second moment's; they are those of the other clients."""
+
+    def forging(client: Any, header: Header, ask: Ask) -> bytes:
+        answer = client.honest(header, ask)
+        turned = {k: -x if k.startswith("sketch") else x for k, x in answer.arrays.items()}
+        return encode_answer(header, replace(answer, arrays=turned))
+
+    one, other = town(), town()
+    one.clients[1].measure, other.clients[1].measure = forging, fakes.failing
+    one.clients[1].rounds = other.clients[1].rounds = {2}
+    settings = sets("input-aware")
+    forged, failed = one.conduct(*settings), other.conduct(*settings)
+    assert without_holdings(forged, STRIKES) == without_holdings(failed)
+    assert {c: float(x[0]) for c, x in forged.memory[STRIKES].items()} == {"client-00001": 1.0}
+    [refused] = one.rounds[1]["refused"]
+    assert (refused["client"], refused["rule"]) == ("client-00001", "moments")
 
 
 def test_below_quorum_in_a_measurement_the_run_pauses_and_goes_on(town: Any, fakes: Any) -> None:
