@@ -15,8 +15,8 @@ from fedlora.continual.router import EXPERTS, fit, largest, nearest_class
 from fedlora.continual.router import task_names as seen_tasks
 from fedlora.state import Ask, Block, GlobalState, PublicPair, keyed
 from fedlora.wire import blocks_id
+from strategies.continual.views import FEATURES, blocks_known, blocks_of, head_of, joint_head
 from strategies.ffa_lora import checksum
-from strategies.streams import FEATURES, blocks_known, blocks_of, head_of, joint_head
 
 if TYPE_CHECKING:
     from fedlora.base import Base

@@ -19,7 +19,7 @@ from fedlora.provenance import MANIFEST, SIGNATURE, Ranks, describe, list_files,
 from fedlora.state import GlobalState
 from server.checkpoint import write_atomic
 from strategies.base import get
-from strategies.streams import blocks_of, joint_head, sealed_in_order
+from strategies.continual.views import blocks_of, joint_head, sealed_in_order
 
 
 def release(

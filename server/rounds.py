@@ -56,7 +56,8 @@ from server.roster import Refusal, Roster, drawn, sample
 from server.spool import Spool
 from strategies.base import Closed, Cohort, Member, Method, SumSession, head_start
 from strategies.configured import PUBLISHED
-from strategies.streams import HEAD, blocks_known, blocks_of, head_of, streamed
+from strategies.continual.views import HEAD, blocks_known, blocks_of, head_of
+from strategies.streams import streamed
 
 __all__ = ["SPOOL_MEMORY", "Conductor", "Evaluator", "Notify", "Tally", "evaluation_ask", "summary"]
 

@@ -36,7 +36,7 @@ from fedlora.wire import blocks_id
 from server.checkpoint import latest
 from server.evaluate import TaskRows, tasks_blocks
 from simulations.simulate import task_tests
-from strategies.streams import FEATURES, blocks_known, blocks_of, head_of, joint_head
+from strategies.continual.views import FEATURES, blocks_known, blocks_of, head_of, joint_head
 
 ALL, AUTO, MIX = "all", "auto", "mix"  # what may be said in place of a task's name
 EXAMPLES = 8  # test rows that are asked where no prompt is given

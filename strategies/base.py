@@ -23,7 +23,7 @@ import difflib
 import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,7 +97,9 @@ class Closed:
     refused: tuple[AnswerRejected, ...] = ()  # what only the method could see was wrong
 
 
-Round = Generator[Mapping[str, Ask], Mapping[str, Answer], Closed]
+T = TypeVar("T")
+Steps = Generator[Mapping[str, Ask], Mapping[str, Answer], T]  # a part of a round, and what it comes to
+Round = Steps[Closed]
 
 
 class Open(Protocol):

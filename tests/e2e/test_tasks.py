@@ -15,7 +15,7 @@ from fedlora.peft_bridge import load_adapter
 from server import checkpoint
 from server.app import open_run
 from simulations.simulate import simulate
-from strategies.streams import sealed_in_order
+from strategies.continual.views import sealed_in_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 SKILLS = {"dates": "payment_due", "records": "badge_line", "numbers": "invoice_total"}

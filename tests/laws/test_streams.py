@@ -26,7 +26,8 @@ from fedlora.rng import public_normal, public_orthonormal, stream
 from fedlora.state import Answer, Ask, GlobalState, Layout, Module, expected_arrays, times
 from simulations.benchmarks.stand_in import follow
 from strategies.base import Cohort, Member, play
-from strategies.streams import sealed_in_order, streamed
+from strategies.continual.views import sealed_in_order
+from strategies.streams import streamed
 
 Float64 = NDArray[np.float64]
 TASKS, ROUNDS = 10, 2
@@ -72,7 +73,7 @@ once = lru_cache(maxsize=None)(public_normal)  # the same numbers, made once for
 
 @pytest.fixture(autouse=True)
 def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.streams.public_normal", once)
+    monkeypatch.setattr("strategies.continual.moments.public_normal", once)
 
 
 def settings(way: str, method: str, *more: str, tasks: int = TASKS, rounds: int = ROUNDS) -> RunConfig:
@@ -204,14 +205,16 @@ def test_a_basis_that_forgets_who_came_before_breaks_it(monkeypatch: pytest.Monk
     def careless(dim: int, new: object, old: object, avoid: Array, **more: object) -> Array:
         return design(dim, new, old, avoid[:0], **more)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("strategies.streams.design", careless)
+    monkeypatch.setattr("strategies.continual.input_aware.design", careless)
     assert min(overlaps(last_of(settings("input-aware", "ffa-lora")))) > BROKEN
 
 
 def test_public_rows_that_are_allotted_twice_break_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from fedlora.continual.capacity import allot
 
-    monkeypatch.setattr("strategies.streams.allot", lambda layout, used, *rest: allot(layout, used[:-1], *rest))
+    monkeypatch.setattr(
+        "strategies.continual.subspace.allot", lambda layout, used, *rest: allot(layout, used[:-1], *rest)
+    )
     assert max(overlaps(last_of(settings("subspace", "ffa-lora")))) > BROKEN
 
 

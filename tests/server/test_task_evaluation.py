@@ -26,7 +26,7 @@ from fedlora.state import Block, GlobalState, Subspace, Task
 from fedlora.subspace import public_rows
 from server.evaluate import TaskRows, tasks_blocks
 from server.release import release
-from strategies.streams import FEATURES, HEAD, joint_head
+from strategies.continual.views import FEATURES, HEAD, joint_head
 
 CHOICES = {"one": (0, 1), "two": (2, 0), "three": (1, 2)}
 LABELS = "abc"

@@ -24,7 +24,7 @@ from server import checkpoint
 from server.holdings import OWNER
 from server.rounds import STRIKES
 from simulations.benchmarks.stand_in import follow
-from strategies.streams import sealed_in_order
+from strategies.continual.views import sealed_in_order
 
 LAYOUT = Layout(
     modules={
@@ -42,7 +42,7 @@ once = lru_cache(maxsize=None)(public_normal)  # the same numbers, made once for
 
 @pytest.fixture(autouse=True)
 def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.streams.public_normal", once)
+    monkeypatch.setattr("strategies.continual.moments.public_normal", once)
 
 
 def sets(way: str, *more: str, tables: Sequence[Mapping[str, Any]] | None = None) -> tuple[str, ...]:

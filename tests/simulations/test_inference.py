@@ -35,7 +35,7 @@ from simulations.inference import (
     score_tasks,
     without_task,
 )
-from strategies.streams import FEATURES, HEAD, ONE_PAIR
+from strategies.continual.views import FEATURES, HEAD, ONE_PAIR
 
 LAYOUT = Layout(modules={"up": Module(out=5, inp=4), "down": Module(out=4, inp=5)}, head={"score": (4, 3)}, features=6)
 NAMES = ("news", "wines", "dates")

@@ -6,14 +6,14 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from fedlora.adapter import Adapter, Array, stack
-from fedlora.config import RunConfig, load_config, local_training
+from fedlora.config import ContinualName, RunConfig, load_config, local_training
 from fedlora.continual.design import design
 from fedlora.continual.router import omega
 from fedlora.discriminants import discriminants, scatter
@@ -23,9 +23,9 @@ from fedlora.state import Answer, Ask, GlobalState, Layout, Measure, Module, Tas
 from fedlora.subspace import public_rows
 from fedlora.wire import blocks_id, decode_state, encode_state
 from simulations.benchmarks.stand_in import follow
-from strategies import streams
 from strategies.base import Closed, Cohort, Member
-from strategies.streams import (
+from strategies.continual import WAYS, sealing
+from strategies.continual.views import (
     FEATURES,
     HEAD,
     INPUTS,
@@ -35,8 +35,8 @@ from strategies.streams import (
     head_of,
     joint_head,
     sealed_in_order,
-    streamed,
 )
+from strategies.streams import streamed
 
 Dense = dict[str, NDArray[np.float64]]
 LABELS = ("w", "x", "y", "z")
@@ -56,7 +56,7 @@ once = lru_cache(maxsize=None)(public_normal)  # the same numbers, made once for
 
 @pytest.fixture(autouse=True)
 def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("strategies.streams.public_normal", once)
+    monkeypatch.setattr("strategies.continual.moments.public_normal", once)
 
 
 def tasks(*names: str, rounds: int = 2, **own: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -218,10 +218,16 @@ def test_the_update_is_the_sum_of_the_tasks_and_what_is_sealed_never_changes(way
     assert min(float(np.linalg.norm(x)) for t in state.tasks.values() for x in own_product(t).values()) > 1e-2
 
 
+def test_every_way_of_the_settings_is_one_value() -> None:
+    assert sorted(get_args(ContinualName)) == sorted(WAYS)
+    assert all(name == way.name for name, way in WAYS.items())
+    assert {name for name, way in WAYS.items() if way.one_pair} == set(ONE_PAIR)
+
+
 @pytest.mark.parametrize("way", APART)
 def test_nothing_is_lost_when_a_task_is_sealed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Task, Task]] = []
-    cut = streams._cut
+    cut = sealing.cut
 
     def spy(task: Task, rank: int | None, version: int) -> tuple[Task, float]:
         done, lost = cut(task, rank, version)
@@ -229,7 +235,7 @@ def test_nothing_is_lost_when_a_task_is_sealed(way: str, monkeypatch: pytest.Mon
         assert lost == 0.0
         return done, lost
 
-    monkeypatch.setattr("strategies.streams._cut", spy)
+    monkeypatch.setattr("strategies.streams.cut", spy)
     for name in ("fedit", "fedex-lora"):
         run = Run(way, [f"method.name={name}"], tables=tasks("a", "b"))
         run.last(4)
@@ -483,7 +489,7 @@ def test_a_designed_subspace_is_that_of_all_clients_inputs(monkeypatch: pytest.M
         seen.append((new, old))
         return design(dim, new, old, avoid, **more)
 
-    monkeypatch.setattr("strategies.streams.design", spy)
+    monkeypatch.setattr("strategies.continual.input_aware.design", spy)
     run = Run("input-aware", ["method.name=ffa-lora"])
     state = run.last()
     assert len(seen) == 3 * 2  # one for each input, not for each module
@@ -514,7 +520,7 @@ def test_a_frozen_a_is_the_leading_rows_of_the_design(name: str, monkeypatch: py
         made.append(design(*args, **more))
         return made[-1]
 
-    monkeypatch.setattr("strategies.streams.design", spy)
+    monkeypatch.setattr("strategies.continual.input_aware.design", spy)
     run = Run("input-aware", [f"method.name={name}"], tables=tasks("a", **{"a": {"continual.task_dim": "5"}}))
     task = run.last(2).tasks["a"]
     assert task.subspace is not None

@@ -7,10 +7,10 @@ import pytest
 
 from fedlora.adapter import Adapter, Factors
 from fedlora.state import Block, Layout, Module, Task
-from strategies.streams import _effect_on_old
+from strategies.continual.moments import effect_on_old
 
 
-def test_the_effect_on_old_inputs_is_that_of_the_dense_update() -> None:
+def test_theeffect_on_old_inputs_is_that_of_the_dense_update() -> None:
     rng = np.random.default_rng(0)
     own = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
     old = rng.normal(size=(200, 12)) @ np.diag([1.0] * 4 + [0.0] * 8)
@@ -25,9 +25,9 @@ def test_the_effect_on_old_inputs_is_that_of_the_dense_update() -> None:
 
     layout = Layout(modules={"k": Module(out=5, inp=12, shares="a"), "q": Module(out=5, inp=12)})
     task = Task(name="t", blocks=(Block(adapter=Adapter({"q": f}), born=0),))
-    found = _effect_on_old(task, {"q": moment(own)}, {"q": moment(old)}, layout)
+    found = effect_on_old(task, {"q": moment(own)}, {"q": moment(old)}, layout)
     assert found == pytest.approx(np.sqrt(share(old) / share(own)))
     shared = Task(name="t", blocks=(Block(adapter=Adapter({"k": f}), born=0),))
-    assert _effect_on_old(shared, {"a": moment(own)}, {"a": moment(old)}, layout) == pytest.approx(found)
+    assert effect_on_old(shared, {"a": moment(own)}, {"a": moment(old)}, layout) == pytest.approx(found)
     blind = {"q": (moment(old)[0][:, :4], moment(old)[1][:4], moment(old)[2])}  # the rest is not there, so none is even
-    assert _effect_on_old(task, {"q": moment(own)}, blind, layout) == pytest.approx(found)
+    assert effect_on_old(task, {"q": moment(own)}, blind, layout) == pytest.approx(found)
