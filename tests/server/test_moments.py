@@ -138,6 +138,18 @@ def test_what_no_rows_have_is_refused_by_name(forge: Callable[[Arrays], None], w
     assert (caught.value.client, caught.value.rule) == ("mallory", "moments")
 
 
+@pytest.mark.parametrize("name", ["feature", "read"])
+def test_a_sketch_is_held_to_the_energy_of_classes_of_one_point_too(name: str) -> None:
+    """Within such classes nothing is left to look at; the second moment of all rows is still one."""
+    labels = np.arange(40) % CLASSES
+    x = np.random.default_rng(1).normal(size=(CLASSES, WIDTH))[labels]
+    answer = given_by(x, labels)
+    require_moments(Ask(measure=WHAT), answer, "mallory")
+    answer.arrays[f"{name}:sketch"][:] *= 2.0
+    with pytest.raises(AnswerRejected, match="moments: the approximation holds"):
+        require_moments(Ask(measure=WHAT), answer, "mallory")
+
+
 def test_other_asks_have_no_moments() -> None:
     require_moments(Ask(), Answer(), "a")
     require_moments(Ask(measure=Measure(fisher=3)), Answer(), "a")

@@ -224,6 +224,15 @@ def test_every_way_of_the_settings_is_one_value() -> None:
     assert {name for name, way in WAYS.items() if way.one_pair} == set(ONE_PAIR)
 
 
+@pytest.mark.parametrize("way", ["separate", "incremental"])
+def test_inputs_are_measured_under_the_weights_that_the_task_was_trained_to(way: str) -> None:
+    run = Run(way, ["continual.effects=true"])
+    final = run.last()
+    asked = [a for _, asks in run.asked for a in asks.values() if a.measure is not None and a.measure.sketch]
+    under = {a.task: blocks_id(a.blocks) for a in asked}
+    assert under == {name: blocks_id(blocks_known(final, name, way)) for name in "abc"}
+
+
 @pytest.mark.parametrize("way", APART)
 def test_nothing_is_lost_when_a_task_is_sealed(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Task, Task]] = []

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from fedlora.adapter import Adapter, Factors
-from fedlora.state import Block, Layout, Module, Task
-from strategies.continual.moments import effect_on_old
+from fedlora.state import Block, GlobalState, Layout, Module, Task
+from strategies.continual.moments import effect_on_old, with_old_inputs
+from strategies.continual.views import INPUTS
 
 
-def test_theeffect_on_old_inputs_is_that_of_the_dense_update() -> None:
+def test_the_effect_on_old_inputs_is_that_of_the_dense_update() -> None:
     rng = np.random.default_rng(0)
     own = rng.normal(size=(200, 12)) @ rng.normal(size=(12, 12))
     old = rng.normal(size=(200, 12)) @ np.diag([1.0] * 4 + [0.0] * 8)
@@ -31,3 +32,14 @@ def test_theeffect_on_old_inputs_is_that_of_the_dense_update() -> None:
     assert effect_on_old(shared, {"a": moment(own)}, {"a": moment(old)}, layout) == pytest.approx(found)
     blind = {"q": (moment(old)[0][:, :4], moment(old)[1][:4], moment(old)[2])}  # the rest is not there, so none is even
     assert effect_on_old(task, {"q": moment(own)}, blind, layout) == pytest.approx(found)
+
+
+def test_old_inputs_add_up_at_one_energy_each_and_silent_ones_add_nothing() -> None:
+    state = GlobalState(version=0, base="b", layout=Layout(modules={"q": Module(out=5, inp=3)}), tasks={}, memory={})
+    sketch = np.arange(6.0).reshape(3, 2)
+    for size in (4.0, 2.0):
+        state = with_old_inputs(state, {"sketch:q": size * sketch, "energy:q": np.array([size])})
+    np.testing.assert_allclose(state.memory[INPUTS]["sketch:q"], 2 * sketch)
+    np.testing.assert_allclose(state.memory[INPUTS]["energy:q"], [2.0])
+    silent = with_old_inputs(state, {"sketch:q": 0.0 * sketch, "energy:q": np.zeros(1)})
+    np.testing.assert_array_equal(silent.memory[INPUTS]["sketch:q"], state.memory[INPUTS]["sketch:q"])
