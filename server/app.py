@@ -23,9 +23,9 @@ from fedlora.errors import ConfigError
 from fedlora.report.log import read_log
 from server.channel import Channel
 from server.checkpoint import write_atomic
-from server.evaluate import TasksEvaluator
+from server.evaluate import Evaluator, TasksEvaluator
 from server.release import release
-from server.rounds import Conductor, Evaluator
+from server.rounds import Conductor
 
 require_one_checkout(__file__)
 

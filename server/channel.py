@@ -20,7 +20,7 @@ __all__ = ["Channel", "Plain", "Signed"]
 
 
 class Channel(Protocol):
-    """What `server/rounds.py` and `server/roster.py` put their messages through. `settings` go into every ask."""
+    """What `server/asking.py` and `server/roster.py` put their messages through. `settings` go into every ask."""
 
     settings: str
 

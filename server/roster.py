@@ -44,9 +44,14 @@ class Enrolled:
 
 @dataclass(frozen=True)
 class Refusal:
+    """Who was refused by which rule, and what came."""
+
     client: str
     rule: str
     detail: str
+
+    def __str__(self) -> str:
+        return f"{self.client}: {self.rule}: {self.detail}"
 
 
 @dataclass(frozen=True, kw_only=True)

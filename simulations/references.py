@@ -23,7 +23,7 @@ from fedlora.state import Ask, Block, Header, LocalTraining, Part, TrainPlan, ke
 from fedlora.training.attach import attach
 from fedlora.training.local import train_client
 from fedlora.wire import blocks_id
-from server.rounds import summary
+from server.evaluate import summary
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ spec = importlib.util.spec_from_file_location("fakes", sys.argv[1])
 fakes = importlib.util.module_from_spec(spec)
 sys.modules["fakes"] = fakes
 spec.loader.exec_module(fakes)
-import server.rounds
-server.rounds.SPOOL_MEMORY = 2000
+import server.asking
+server.asking.SPOOL_MEMORY = 2000
 lab = fakes.Lab(Path(sys.argv[2]))
 print("ready", flush=True)
 lab.conduct("rounds.count=40", "method.name=flora", "evaluation.every=1", "rounds.in_flight=2")

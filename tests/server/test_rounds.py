@@ -16,7 +16,7 @@ from fedlora.report import log
 from fedlora.state import GlobalState
 from fedlora.wire import encode_state
 from server import checkpoint
-from server.rounds import STRIKES
+from server.asking import STRIKES
 
 BAD = 2  # the index of the client that misbehaves; not the one of the largest rank
 NAN, INF = float("nan"), float("inf")
@@ -293,7 +293,7 @@ def test_order_of_arrival_and_node_ids_change_no_byte(lab: Any, fakes: Any, meth
 def test_a_spool_on_disk_gives_the_same_bytes_and_leaves_no_files(lab: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = lab(), lab()
     state = one.conduct()
-    monkeypatch.setattr("server.rounds.SPOOL_MEMORY", 3000)
+    monkeypatch.setattr("server.asking.SPOOL_MEMORY", 3000)
     seen = []
     other.conduct(stop=lambda e: seen.append(len(list((other.folder / "spool").glob("*/*")))))
     found = checkpoint.latest(other.folder / "checkpoints")
@@ -494,13 +494,13 @@ def conform(event: Mapping[str, Any], schema: Any) -> None:
 def test_clients_share_their_shapes_and_blocks(lab: Any, fakes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = {"shapes": 0, "blocks": 0}
     for name, target in (("shapes", "expected_arrays"), ("blocks", "encode_blocks")):
-        inner = getattr(__import__("server.rounds", fromlist=["x"]), target)
+        inner = getattr(__import__("server.asking", fromlist=["x"]), target)
 
         def counted(*args: Any, inner: Any = inner, name: str = name) -> Any:
             calls[name] += 1
             return inner(*args)
 
-        monkeypatch.setattr(f"server.rounds.{target}", counted)
+        monkeypatch.setattr(f"server.asking.{target}", counted)
     one = lab(ranks=(4, 2) * 15)
     one.conduct("rounds.count=2", "method.name=flora", "rounds.in_flight=4")
     assert calls == {"shapes": 5, "blocks": 3}  # two ranks in two rounds and one evaluation; three sets of blocks

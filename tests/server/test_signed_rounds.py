@@ -18,8 +18,8 @@ from fedlora.errors import RoundFailed
 from fedlora.pki import node_id
 from fedlora.state import GlobalState, Header
 from fedlora.wire import encode_state, peek
+from server.asking import STRIKES
 from server.channel import Signed
-from server.rounds import STRIKES
 
 OPERATOR = Ed25519PrivateKey.from_private_bytes(b"o" * 32)
 Forge = Callable[["Keyed", bytes, SignedAsk, Header, str], bytes]

@@ -21,8 +21,8 @@ from fedlora.rng import public_normal, stream
 from fedlora.state import Answer, Ask, Block, GlobalState, Header, Layout, Module, expected_arrays
 from fedlora.wire import encode_answer, encode_state
 from server import checkpoint
+from server.asking import STRIKES
 from server.holdings import OWNER
-from server.rounds import STRIKES
 from simulations.benchmarks.stand_in import follow
 from strategies.continual.views import sealed_in_order
 
