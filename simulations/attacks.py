@@ -51,7 +51,7 @@ from fedlora.state import Answer, Ask, GlobalState, Header, Layout, Module, Trai
 from fedlora.wire import decode_answer, decode_ask, encode_answer
 from server.evaluate import TestRows
 from strategies.gram import head_change_of, plan_of, squared_at, start_of, step_of, stepped, update_of, way_to
-from strategies.robust import hostile_count
+from strategies.robust_rules import hostile_count
 
 __all__ = [
     "BACKDOOR_ANSWER",

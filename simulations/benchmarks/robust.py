@@ -37,7 +37,8 @@ from server.checkpoint import latest
 from simulations.attacks import Colluders, altered, backdoor_success
 from simulations.simulate import simulate
 from strategies.base import Closed, Cohort, Member, get
-from strategies.robust import COORDINATE_RULES, guarded, hostile_count
+from strategies.robust import guarded
+from strategies.robust_rules import COORDINATE_RULES, hostile_count
 
 Float64 = NDArray[np.float64]
 ATTACKS = ("none", "sign-flip", "scaling", "gaussian", "collusion", "little-is-enough", "label-flip", "backdoor")
