@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 
 from fedlora.base import Base, load_base
 from fedlora.config import ModelConfig, RunConfig, task_config
-from fedlora.continual.tasks import JOINT, replayed
+from fedlora.continual.tasks import JOINT, replayed, task_names, tasks_of
 from fedlora.data import client_rows
 from fedlora.data.prompt import prompt_format
 from fedlora.data.report import tell
 from fedlora.data.rows import TokenRow
+from fedlora.errors import DataError
 from fedlora.rng import stream
 
 ROWS_KEPT = 32  # clients (each with each of its tasks) whose encoded rows stay in memory
@@ -29,15 +31,18 @@ def resident_base(model: ModelConfig) -> Base:
 
 
 def encoded(
-    config: RunConfig, index: int, task: str = "", *, again: bool = True
+    config: RunConfig, index: int, task: str = "", *, again: bool = True, has: Collection[str] | None = None
 ) -> tuple[list[TokenRow], list[TokenRow]]:
     """(training rows, held-out rows) of one client as tokens; the rows of the last clients stay in memory.
 
     In a task also what the settings have it train on again: some rows of old tasks (`continual.replay_rows` of each,
-    drawn once; not with `again` False), or the rows of all tasks. Only the task's own rows are held out, or those of
-    all.
+    drawn once; not with `again` False), or the rows of all tasks; of those tasks that the client `has` (None: by the
+    settings). Only the task's own rows are held out, or those of all. Raises: DataError if it has none of them.
     """
-    own, *others = replayed(config, task) if task else [""]
+    has = tasks_of(config, stable_id(index)) if has is None else has
+    own, *others = (replayed(config, task, has) or (None,)) if task else ("",)
+    if own is None:
+        raise DataError(f"{stable_id(index)} has none of the tasks {', '.join(task_names(config))}")
     if not again and task != JOINT:
         others = []
     train, held_out = _encoded(config.model_dump_json(), index, own)

@@ -29,7 +29,7 @@ from clients.resident import encoded, resident_base
 from clients.sums import RoundOver
 from fedlora.code import code_digest
 from fedlora.config import RunConfig
-from fedlora.continual.tasks import JOINT, task_names
+from fedlora.continual.tasks import JOINT
 from fedlora.data.rows import TokenRow
 from fedlora.deploy import NodeFile, read_node
 from fedlora.envelope import ASK_OVERHEAD, EnvelopeError, SignedAsk, open_ask, sign_answer
@@ -104,13 +104,12 @@ class Worker:
 
     def _client(self, ask: Ask) -> Client:
         config = self._settings(ask.settings)
-        limits, part, held = self._node.limits, self._node.share[0], {task.name for task in self._node.tasks}
+        limits, part, own = self._node.limits, self._node.share[0], {task.name for task in self._node.tasks}
 
         def rows(task: str, again: bool = True) -> tuple[list[TokenRow], list[TokenRow]]:
-            wanted = set(task_names(config)) if task == JOINT else {task} - {""}
-            if not wanted <= held:
-                raise DataError(f"this node has no rows of task {task}; it has {', '.join(sorted(held)) or 'no tasks'}")
-            return encoded(config, part, task, again=again)
+            if task and not (own if task == JOINT else task in own):
+                raise DataError(f"this node has no rows of task {task}; it has {', '.join(sorted(own)) or 'no tasks'}")
+            return encoded(config, part, task, again=again, has=own)
 
         return Client(
             id=self.id,

@@ -16,7 +16,7 @@ from typing import Any
 
 from clients.app import app as client_app
 from clients.app import reply
-from clients.resident import encoded, resident_base
+from clients.resident import encoded, resident_base, stable_id
 from fedlora.config import RunConfig, flat, task_config
 from fedlora.continual.tasks import legs, task_names
 from fedlora.data import test_rows
@@ -33,7 +33,8 @@ from simulations.attacks import hostile
 from simulations.engine import LocalGrid
 from simulations.personal import export_personal, has_personal
 from simulations.references import Reference, bare_base, centralised, local_only, scored_rows
-from strategies.base import get
+from strategies.base import Member, get
+from strategies.streams import streamed
 
 Notify = Callable[[dict[str, Any]], None]
 MAKE = {"local only": local_only, "centralised": centralised}
@@ -165,9 +166,9 @@ def _next_of_tasks(config: RunConfig, folder: Path, stream: Stream) -> str:
 
 
 def check(config: RunConfig) -> None:
-    """Refuse what no run could do, before there is a folder: model, data, columns, prompts, ranks, test rows.
+    """Refuse what no run could do, before there is a folder: model, data, columns, prompts, ranks, tasks, test rows.
 
-    Raises: ConfigError, DataError naming the setting.
+    Raises: ConfigError, DataError naming the setting; MethodError for tasks that nobody has, or without room.
     """
     base = resident_base(config.model)
     most = base.layout.max_rank()
@@ -179,8 +180,13 @@ def check(config: RunConfig) -> None:
     for leg in legs(config):
         if leg.rank is not None and leg.rank > most:
             raise ConfigError(f"tasks, {leg.name}: rank {leg.rank}; the smallest adapted layer allows 1 to {most}")
-        encoded(config, 0, leg.name)
     if config.tasks:
+        ids = {stable_id(i): i for i in range(config.rounds.clients)}
+        ranks = {name: config.rank_of(i) for name, i in ids.items()}
+        who = [Member(id=name, rank=rank, scale=config.scale_of(rank)) for name, rank in ranks.items()]
+        streamed(config).open(base.fingerprint, base.layout, who, config.method, config.seed)
+        for leg in legs(config):
+            encoded(config, next(i for name, i in ids.items() if leg.holds(name)), leg.name)
         task_tests(config)
         return
     encoded(config, 0)

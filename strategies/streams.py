@@ -54,6 +54,7 @@ from strategies.continual.views import (
 )
 from strategies.continual.way import Opening
 from strategies.headed import fitted_head, headed
+from strategies.server_optimizer import OWNER as MOMENTS
 
 __all__ = ["streamed"]
 
@@ -83,13 +84,28 @@ class _Stream:
     def open(
         self, base: str, layout: Layout, members: Sequence[Member], settings: MethodConfig, seed: int
     ) -> GlobalState:
-        """Version 0: no task is open yet. Raises: MethodError for a task that no client holds."""
+        """Version 0: no task is open yet. Raises: MethodError for a task that no client holds, or without room."""
         for leg in self._legs:
             if not any(leg.holds(m.id) for m in members):
                 raise MethodError(
                     f"task {leg.name}: none of the {len(members)} enrolled clients has it; mend `clients`"
                 )
-        return GlobalState(version=0, base=base, layout=layout, tasks={}, memory=first_memory(layout, members, seed))
+        state = GlobalState(version=0, base=base, layout=layout, tasks={}, memory=first_memory(layout, members, seed))
+        if self._way.allotted is not None:
+            self._require_room(state)
+        return state
+
+    def _require_room(self, state: GlobalState) -> None:
+        """Refuse tasks that will not all have their subspace, before the first is trained. Raises: MethodError."""
+        dims = {leg.name: self._opening(state, leg).dim for leg in self._legs}
+        inputs = state.layout.inputs()
+        narrow = min(inputs, key=lambda n: inputs[n])
+        if sum(dims.values()) > inputs[narrow]:
+            told = ", ".join(f"{name} {dim}" for name, dim in dims.items())
+            raise MethodError(
+                f"the tasks need {sum(dims.values())} dimensions ({told}), and {narrow} has {inputs[narrow]} inputs; "
+                "lower continual.task_dim or the ranks, take fewer tasks, or adapt only modules with more inputs"
+            )
 
     def protocol(self, state: GlobalState, cohort: Cohort) -> Round:
         """One round of every task that is open in it, in the order of the settings; sealing those that end."""
@@ -138,7 +154,7 @@ class _Stream:
             last = before[-1]
             task = replace(last, name=leg.name, sealed=False, statistics={})
             tasks[last.name] = replace(last, pair=None, blocks=())
-            memory = owned(state, last.name)
+            memory = {owner: x for owner, x in owned(state, last.name).items() if owner != MOMENTS}
             state = with_owned(state, last.name, {})
         elif way.trains:
             task, memory = self._begun(state, leg, inputs)
@@ -154,16 +170,28 @@ class _Stream:
         basis: dict[str, Array] = {}
         layout = state.layout
         if self._way.allotted is not None:
-            opening = Opening(config=self._config, state=state, leg=leg, tasks=len(self._legs), inputs=inputs)
-            subspace, basis = self._way.allotted(opening)
+            subspace, basis = self._way.allotted(self._opening(state, leg, inputs))
             layout = layout.within(subspace.dim)
-        everybody = [bounded(m, leg.rank, subspace) for m in members_of(state, leg)]
+        everybody = self._everybody(state, leg, subspace)
         settings, seed = leg.config.method, self._seed(leg, "open")
         opened = self._inner[leg.name].open(state.base, layout, everybody, settings, seed)
         task = opened.open_task
         if basis and subspace is not None and subspace.seed is None and task.public_seed is not None:
             basis = _turned(basis, task.public_seed)
         return replace(task, name=leg.name, subspace=subspace, basis=basis), dict(opened.memory)
+
+    def _opening(self, state: GlobalState, leg: Leg, inputs: Moments | None = None) -> Opening:
+        return Opening(config=self._config, state=state, leg=leg, tasks=len(self._legs), inputs=inputs or {})
+
+    def _everybody(self, state: GlobalState, leg: Leg, subspace: Subspace | None) -> list[Member]:
+        """For whom a pair is opened, each at the largest rank that it will train it with: where one pair goes on from
+        task to task, all who have any of them."""
+        found: dict[str, Member] = {}
+        for each in self._legs if self._way.one_pair else (leg,):
+            for m in members_of(state, each):
+                one = bounded(m, each.rank, subspace)
+                found[m.id] = max(one, found.get(m.id, one), key=lambda x: x.rank)
+        return [found[name] for name in sorted(found)]
 
     def _fitted(self, leg: Leg, before: Sequence[Task]) -> list[int]:
         """The classes whose rows of the head begin as discriminants: a task's own, but where one pair and head go on
@@ -251,7 +279,7 @@ class _Stream:
         """The task's pair becomes a block under its name; what later tasks need to know of its inputs is summed."""
         config, way = self._config, self._way
         task, report = state.tasks[leg.name], {}
-        if way.trains and not way.one_pair:
+        if way.trains and not way.one_pair and (task.blocks or task.pair is not None):  # else nobody ever trained it
             task, lost = cut(task, config.continual.rank, state.version)
             report["sealed_error_relative"] = lost
             report |= overlaps(task, sealed_in_order(state))

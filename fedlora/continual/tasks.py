@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from fedlora.config import RunConfig, task_config
 from fedlora.errors import ConfigError
 
-__all__ = ["JOINT", "ONE_PAIR", "Leg", "client_list", "legs", "replayed", "rounds_in_all", "task_names"]
+__all__ = ["JOINT", "ONE_PAIR", "Leg", "client_list", "legs", "replayed", "rounds_in_all", "task_names", "tasks_of"]
 
 ONE_PAIR = ("sequential", "replay", "ewc")  # ways under which one pair goes on from task to task
 JOINT = "all-tasks"  # the one task of `continual.method = joint`
@@ -105,12 +105,19 @@ def task_names(config: RunConfig) -> tuple[str, ...]:
     return tuple(table["name"] for table in config.tasks)
 
 
-def replayed(config: RunConfig, task: str) -> Sequence[str]:
-    """The tasks whose rows a client trains on in task `task`, its own first: all for `joint`, those before it for
-    `replay`, else itself alone."""
+def tasks_of(config: RunConfig, client: str) -> tuple[str, ...]:
+    """The names of the tasks that a client has by the settings, in order."""
+    return tuple(
+        table["name"] for table in config.tasks if "clients" not in table or client in client_list(table["clients"])
+    )
+
+
+def replayed(config: RunConfig, task: str, has: Collection[str]) -> tuple[str, ...]:
+    """The tasks whose rows a client that `has` these tasks trains on in task `task`, its own first: for `joint` all
+    that it has, for `replay` those before it that it has, else itself alone."""
     names = task_names(config)
     if task == JOINT:
-        return names
+        return tuple(name for name in names if name in has)
     if config.continual.method != "replay":
         return (task,)
-    return (task, *names[: names.index(task)])
+    return (task, *(name for name in names[: names.index(task)] if name in has))

@@ -86,6 +86,19 @@ def test_all_tasks_at_once_are_all_rows() -> None:
 
 
 @pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize(("way", "task"), [("replay", "c"), ("joint", JOINT)])
+def test_rows_are_of_tasks_that_the_client_has(way: str, task: str) -> None:
+    tasks = json.dumps([{"name": "a"}, {"name": "b", "clients": [0]}, {"name": "c", "clients": [3]}])
+    config = load_config(None, [f"tasks={tasks}", f"continual.method={way}", "method.name=fedit"])
+    assert {row[0] for row in encoded(config, 3, task)[0]} == {"a", "c"}
+    assert {row[0] for row in client.encoded(config, 3, task, has=("c",))[0]} == {"c"}  # a node's own list
+    if way == "joint":
+        assert {row[0] for row in encoded(config, 0, task)[0]} == {"a", "b"}
+        with pytest.raises(DataError, match="client-00003 has none of the tasks a, b, c"):
+            client.encoded(config, 3, task, has=())
+
+
+@pytest.mark.usefixtures("plain")
 def test_without_tasks_it_is_the_runs_rows() -> None:
     assert encoded(load_config(), 3, "")[0] == [f"3-{i}" for i in range(OWN)]
 

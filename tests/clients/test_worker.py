@@ -6,6 +6,7 @@ The trainer is one that counts. The socket is real; so is the relay's side of it
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import stat
@@ -27,6 +28,7 @@ from clients.relay import WorkerGone, asked
 from clients.worker import Worker, _Server
 from fedlora.code import code_digest
 from fedlora.config import load_config
+from fedlora.continual.tasks import JOINT
 from fedlora.deploy import Limits, NodeFile
 from fedlora.envelope import EnvelopeError, SignedAsk, new_nonce, open_answer, sign_ask
 from fedlora.errors import WireError
@@ -93,7 +95,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[Header]:
 
     base = SimpleNamespace(fingerprint=BASE, layout=LAYOUT, initial_head={})
     monkeypatch.setattr(working, "resident_base", lambda model: base)
-    monkeypatch.setattr(working, "encoded", lambda config, index, task="", again=True: ([], []))
+    monkeypatch.setattr(working, "encoded", lambda config, index, task="", again=True, has=(): ([], []))
     monkeypatch.setattr(answering, "train_client", train)
     monkeypatch.setattr(answering, "attach", lambda *args: None)
     return seen
@@ -125,10 +127,39 @@ def test_what_the_operator_did_not_sign_reaches_nothing(node: Node, trained: lis
 
 def test_rows_of_old_tasks_are_not_measured(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = {True: ["own", "own", "old"], False: ["own", "own"]}
-    monkeypatch.setattr(working, "encoded", lambda config, index, task="", again=True: (rows[again], []))
+    monkeypatch.setattr(working, "encoded", lambda config, index, task="", again=True, has=(): (rows[again], []))
     monkeypatch.setattr(answering, "measure", lambda base, header, ask, rows, batch_size: Answer(examples=len(rows)))
     asked = Ask(measure=Measure(sketch=1), settings=SETTINGS)
     assert node.said(node.header(kind="measure"), asked).examples == 2
+
+
+@pytest.mark.parametrize("way", ["replay", "joint"])
+def test_a_node_trains_on_the_tasks_that_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Those that its own file lists; with none of them it refuses."""
+    seen: list[Any] = []
+
+    def encoded(config: Any, index: int, task: str = "", **said: Any) -> tuple[list[Any], list[Any]]:
+        seen.append((task, said))
+        return [], []
+
+    base = SimpleNamespace(fingerprint=BASE, layout=LAYOUT, initial_head={})
+    monkeypatch.setattr(working, "resident_base", lambda model: base)
+    monkeypatch.setattr(working, "encoded", encoded)
+    monkeypatch.setattr(answering, "train_client", lambda *args, **kwargs: Answer(examples=3))
+    monkeypatch.setattr(answering, "attach", lambda *args: None)
+    task = "c" if way == "replay" else JOINT
+    names = json.dumps([{"name": n, "data.name": f"{n}.jsonl"} for n in "abc"])
+    settings = shared_settings(load_config(None, [f"tasks={names}", f"continual.method={way}", "method.name=fedit"]))
+    ask = Ask(plan=PLAN, task=task, settings=settings)
+    folders = [tmp_path / "some", tmp_path / "none"]
+    for folder in folders:
+        folder.mkdir()
+    node = Node(folders[0], tasks=[{"name": n, "data.name": f"{n}.jsonl"} for n in "ac"])
+    assert node.said(node.header(), ask).examples == 3
+    assert seen == [(task, {"again": True, "has": {"a", "c"}})]
+    bare = Node(folders[1])
+    assert bare.said(bare.header(), ask).info["error"] == "DataError"
+    assert len(seen) == 1
 
 
 def test_the_same_ask_signed_again_gets_the_same_answer_and_trains_once(node: Node, trained: list[Header]) -> None:

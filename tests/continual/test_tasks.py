@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedlora.config import load_config
-from fedlora.continual.tasks import JOINT, ONE_PAIR, Leg, legs, replayed, rounds_in_all, task_names
+from fedlora.continual.tasks import JOINT, ONE_PAIR, Leg, legs, replayed, rounds_in_all, task_names, tasks_of
 from fedlora.errors import ConfigError
 
 
@@ -122,7 +122,17 @@ def test_whose_rows_are_trained_on_again() -> None:
         load_config(None, [f"tasks={tables}", f"continual.method={way}", "method.name=fedit"])
         for way in ("replay", "sequential", "joint")
     )
-    assert [tuple(replayed(replay, n)) for n in "abc"] == [("a",), ("b", "a"), ("c", "a", "b")]
-    assert [tuple(replayed(other, n)) for n in "abc"] == [("a",), ("b",), ("c",)]
-    assert tuple(replayed(joint, JOINT)) == ("a", "b", "c")
-    assert tuple(replayed(joint, "b")) == ("b",)
+    assert [replayed(replay, n, "abc") for n in "abc"] == [("a",), ("b", "a"), ("c", "a", "b")]
+    assert [replayed(replay, n, "bc") for n in "bc"] == [("b",), ("c", "b")]
+    assert [replayed(other, n, "abc") for n in "abc"] == [("a",), ("b",), ("c",)]
+    assert replayed(joint, JOINT, "abc") == ("a", "b", "c")
+    assert replayed(joint, JOINT, "ca") == ("a", "c")
+    assert replayed(joint, JOINT, ()) == ()
+    assert replayed(joint, "b", "abc") == ("b",)
+
+
+def test_whose_tasks_are_whose() -> None:
+    tables = json.dumps([{"name": "a", "clients": [1, "hospital-7"]}, {"name": "b"}, {"name": "c", "clients": "1,2"}])
+    config = load_config(None, [f"tasks={tables}"])
+    who = ("client-00000", "client-00001", "client-00002", "hospital-7")
+    assert [tasks_of(config, name) for name in who] == [("b",), ("a", "b", "c"), ("b", "c"), ("a", "b")]

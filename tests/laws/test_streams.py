@@ -69,6 +69,7 @@ MORE = [
 
 
 once = lru_cache(maxsize=None)(public_normal)  # the same numbers, made once for all tests
+orthonormal = lru_cache(maxsize=None)(public_orthonormal)
 
 
 @pytest.fixture(autouse=True)
@@ -76,8 +77,11 @@ def _made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("strategies.continual.moments.public_normal", once)
 
 
-def settings(way: str, method: str, *more: str, tasks: int = TASKS, rounds: int = ROUNDS) -> RunConfig:
-    tables = [{"name": f"t{i}", "rounds.count": rounds} for i in range(tasks)]
+def settings(
+    way: str, method: str, *more: str, tasks: int = TASKS, rounds: int = ROUNDS, rank: int | None = None
+) -> RunConfig:
+    own = {} if rank is None else {"rank": rank}
+    tables = [{"name": f"t{i}", "rounds.count": rounds, **own} for i in range(tasks)]
     common = [f"continual.method={way}", f"method.name={method}", f"tasks={json.dumps(tables)}", "continual.sketch=24"]
     return load_config(None, [s for s in common if way == "input-aware" or "sketch" not in s] + list(more))
 
@@ -216,6 +220,33 @@ def test_public_rows_that_are_allotted_twice_break_it(monkeypatch: pytest.Monkey
         "strategies.continual.subspace.allot", lambda layout, used, *rest: allot(layout, used[:-1], *rest)
     )
     assert max(overlaps(last_of(settings("subspace", "ffa-lora")))) > BROKEN
+
+
+class Projecting(Clients):
+    """Clients that train A in full and project it on rows of their task before they send it."""
+
+    def __call__(self, client: str, ask: Ask) -> Answer:
+        answer = super().__call__(client, ask)
+        if ask.measure is not None:
+            return answer
+        first = 8 * int(ask.task.removeprefix("t"))
+        arrays = dict(answer.arrays)
+        for key in [key for key in arrays if key.startswith("A:")]:
+            n = orthonormal(9, "own rows", key, rows=96, cols=96)[first : first + 8]
+            start = ask.arrays[key]  # what is sent is the way from there
+            arrays[key] = ((start + arrays[key]) @ n.T @ n - start).astype(np.float32)
+        return replace(answer, arrays=arrays)
+
+
+@pytest.mark.parametrize("method", ["fedit", "hetlora"])
+def test_projection_at_the_clients_is_undone_by_a_coded_downlink(method: str) -> None:
+    """It holds as long as the server hands on A as it came; int8 of A in full does not know the subspace."""
+    plain, coded = (
+        overlaps(list(states(settings("incremental", method, *sets, rank=1), Projecting()))[-1])  # all train every row
+        for sets in ((), ("wire.down=int8",))
+    )
+    assert max(plain) <= EXACT
+    assert min(coded) > 100 * EXACT
 
 
 class Adam:

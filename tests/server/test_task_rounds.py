@@ -318,11 +318,23 @@ class Killed(BaseException):
     """Stands for a signal: nothing may catch it."""
 
 
-@pytest.mark.parametrize(("way", "method"), WAYS)
-def test_a_run_killed_after_every_round_ends_with_the_same_bytes(town: Any, way: str, method: str) -> None:
-    """The borders of tasks included; and what the log says is the same, bytes too."""
+OVERLAPPING = [
+    {"name": "a", "rounds.count": 3},
+    {"name": "b", "rounds.count": 3, "start": 2, "clients": [0, 2]},
+    {"name": "c", "rounds.count": 2, "start": 5},
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "method", "tables"),
+    [*((*pair, None) for pair in WAYS), ("input-aware", "flora", OVERLAPPING), ("o-lora", "fedit", OVERLAPPING)],
+)
+def test_a_run_killed_after_every_round_ends_with_the_same_bytes(
+    town: Any, way: str, method: str, tables: Sequence[Mapping[str, Any]] | None
+) -> None:
+    """The borders of tasks included, and tasks that are open at once; what the log says is the same, bytes too."""
     one, whole = town(), town()
-    settings = sets(way, f"method.name={method}", "evaluation.every=1")
+    settings = sets(way, f"method.name={method}", "evaluation.every=1", tables=tables)
     want = encode_state(whole.conduct(*settings))
 
     def kill(event: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ from strategies.continual.views import (
     joint_head,
     sealed_in_order,
 )
+from strategies.server_optimizer import OWNER as MOMENTS
 from strategies.streams import streamed
 
 Dense = dict[str, NDArray[np.float64]]
@@ -231,6 +232,26 @@ def test_inputs_are_measured_under_the_weights_that_the_task_was_trained_to(way:
     asked = [a for _, asks in run.asked for a in asks.values() if a.measure is not None and a.measure.sketch]
     under = {a.task: blocks_id(a.blocks) for a in asked}
     assert under == {name: blocks_id(blocks_known(final, name, way)) for name in "abc"}
+
+
+@pytest.mark.parametrize("way", ONE_PAIR)
+def test_one_pair_is_as_large_as_any_task_trains_it(way: str) -> None:
+    """A first task at a low rank, or held by small clients alone, does not bound those after it."""
+    for own in ({"a": {"rank": 1}}, {"a": {"clients": [1]}}):
+        run = Run(way, tables=tasks("a", "b", **own))
+        run.last(4)
+        ranks = [[a.plan.rank for a in run.training(n).values() if a.plan] for n in (1, 3)]
+        assert ranks == [[1, 1, 1] if "rank" in own["a"] else [2], [3, 2, 3]]
+
+
+@pytest.mark.parametrize("way", ["sequential", "replay", "ewc", "incremental"])
+def test_a_task_begins_with_fresh_moments_at_the_server(way: str) -> None:
+    """Whatever goes on of the pair: after a task's first round the optimiser has taken one step."""
+    run = Run(way, ["method.name=ffa-lora", "server.optimizer=adam"])
+    for number, state in enumerate(run.states(), 1):
+        if number % 2:
+            moments = state.memory[f"task:{'abc'[number // 2]}:{MOMENTS}"]
+            np.testing.assert_array_equal(moments["steps"], [1.0])
 
 
 @pytest.mark.parametrize("way", APART)
@@ -571,10 +592,11 @@ def test_a_task_is_asked_of_its_clients_at_its_rank() -> None:
     assert [a.plan.rank for a in run.training(3).values() if a.plan] == [3]
 
 
+@pytest.mark.parametrize("name", ["fedit", "flora", "frlora"])
 @pytest.mark.parametrize("way", ["input-aware", "subspace"])
-def test_where_nobody_is_drawn_a_task_begins_and_ends_all_the_same(way: str) -> None:
+def test_where_nobody_is_drawn_a_task_begins_and_ends_all_the_same(way: str, name: str) -> None:
     """Poisson rounds may be empty, and none of a task's clients may be drawn: all who have it are then asked."""
-    run = Run(way, tables=tasks("a", "b", **{"a": {"clients": [0, 2]}}))
+    run = Run(way, [f"method.name={name}"], tables=tasks("a", "b", **{"a": {"clients": [0, 2]}}))
     state = run.open()
     state = run.round(state, 1, who=[])
     assert (state.version, list(state.tasks)) == (1, ["a"])
@@ -746,14 +768,15 @@ def test_a_task_that_nobody_has_is_refused_at_the_start() -> None:
 
 
 @pytest.mark.parametrize("way", ["subspace", "input-aware"])
-def test_exhausted_capacity_is_said_with_what_is_left(way: str) -> None:
-    run = Run(way, ["continual.task_dim=12"])
-    states = run.states()
-    for _ in range(4):
-        next(states)
-    said = r"task c.* needs 12 .*6 of 30 are left.*lower (continual\.)?task_dim, remove a task, or adapt only modules"
+def test_tasks_without_room_are_refused_before_the_first_is_trained(way: str) -> None:
+    tables = tasks("a", "b", "c", **{"c": {"continual.task_dim": 7}})
+    said = (
+        r"the tasks need 31 dimensions \(a 12, b 12, c 7\), and k has 30 inputs; lower continual\.task_dim or the ranks"
+    )
     with pytest.raises(MethodError, match=said):
-        next(states)
+        Run(way, ["continual.task_dim=12"], tables=tables).open()
+    full = Run(way, ["continual.task_dim=12"], tables=tasks("a", "b", "c", **{"c": {"continual.task_dim": 6}}))
+    assert [t.subspace.dim for t in full.last().tasks.values() if t.subspace] == [12, 12, 6]
 
 
 @pytest.mark.parametrize("way", ["subspace", "input-aware"])
