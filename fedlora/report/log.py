@@ -105,6 +105,8 @@ class ClientRound(TypedDict):
     seconds: NotRequired[float]
     grad_norm: NotRequired[float]
     weight_change: NotRequired[float]
+    overlap_penalty: NotRequired[float]  # o-lora: what it added to the loss, mean over steps; absent without one
+    anchor_penalty: NotRequired[float]  # ewc, likewise
     bytes_up: NotRequired[int]
     bytes_down: NotRequired[int]
 
@@ -140,7 +142,7 @@ class Aggregate(TypedDict):
     overlap_product: NotRequired[float]  # of B A, mean over modules
     overlap_random: NotRequired[float]  # of random rows, mean over modules
     effect_on_old: NotRequired[float]  # of the update on old tasks' inputs, beside that on its own; and, for every
-    # earlier task, `similarity/NAME`: of the input directions of both updates, 0 to 1
+    # earlier task, `overlap/NAME`: of A with its rows alone, and `similarity/NAME`: of both updates' input directions
     sealed_error_relative: NotRequired[float]  # lost when the task was cut to continual.rank
     inputs_seen: NotRequired[float]  # share of the inputs' squared norm that the sketch holds, mean over inputs
 

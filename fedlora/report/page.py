@@ -145,6 +145,7 @@ REPORT: Final = (
 <div class="scroll">{{ svg|safe }}</div></figure>
 {% endfor %}</div>{% endif %}
 {% for table in part.tables %}{{ grid(table) }}{% endfor %}
+{% if part.note %}<p class="note">{{ part.note }}</p>{% endif %}
 {% endfor %}
 {% endif %}
 {% for section in sections if section.charts %}

@@ -37,6 +37,12 @@ WAYS: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 NEAR: Final = ("overlap", "effect_on_old", "similarity/")  # of a task with those before it
+PAIRED: Final = ("overlap/", "similarity/")  # of a task with the one that is named after it
+PENALTY: Final[Mapping[str, str]] = {"o-lora": "overlap_penalty", "ewc": "anchor_penalty"}  # what clients call it
+
+NOTHING_SEALED: Final = "nothing was sealed before it"
+NO_A: Final = "no A was trained"
+NOT_TOLD: Final = "clients did not tell"
 SEALING: Final = (
     "overlap",
     "overlap_largest",
@@ -85,6 +91,8 @@ class Stream:
     rows: int  # the least that any of these scores counts; 0 if not known
     inference: Mapping[str, Mapping[str, float]]  # way -> task -> score
     sealing: Mapping[str, Mapping[str, float]]  # task -> what the log says of its sealing
+    penalties: Mapping[str, Mapping[int, float | str]]  # task -> round -> what the way's penalty added to the loss, or
+    # why there was none; empty for a way without a penalty
 
     @property
     def sealed(self) -> tuple[str, ...]:
@@ -199,6 +207,7 @@ def stream_of(events: Sequence[Json]) -> Stream | None:
         rows=min((int(x.get("counted", 0)) for _, b in closed for x in b.get(judge, {}).values()), default=0),
         inference={way: _scores(inference[way]) for way in WAYS if inference.get(way)},
         sealing=_sealing([(e.get("aggregate") or {}, names[e["round"]]) for e, _ in closed]),
+        penalties=_penalties(rounds, str(config.get("continual.method", ""))),
     )
 
 
@@ -216,9 +225,10 @@ def _sealing(closed: Sequence[tuple[Json, tuple[str, ...]]]) -> dict[str, dict[s
     `task/name`; the first task of a run overlaps with nothing."""
     found: dict[str, dict[str, float]] = {}
     for aggregate, sealed in closed:
-        similar = {k[k.index("similarity/") :] for k in aggregate if "similarity/" in k}
-        for key in (*SEALING, *sorted(similar)):
-            able = [n for n in sealed if found or n != sealed[0] or not key.startswith(NEAR)]
+        paired = {start + other: other for start in PAIRED for other in (*found, *sealed)}
+        for key in (*SEALING, *paired):
+            after = sealed[sealed.index(paired[key]) + 1 :] if paired.get(key) in sealed else sealed
+            able = [n for n in after if found or n != sealed[0] or not key.startswith(NEAR)]
             for name in sealed:
                 value = aggregate.get(key if able[:1] == [name] else f"{name}/{key}")
                 if value is not None:
@@ -226,6 +236,32 @@ def _sealing(closed: Sequence[tuple[Json, tuple[str, ...]]]) -> dict[str, dict[s
         for name in sealed:
             found.setdefault(name, {})
     return found
+
+
+def _penalties(rounds: Mapping[int, Json], way: str) -> dict[str, dict[int, float | str]]:
+    """By task and round: the penalty, mean over clients weighed by examples, in the units of the loss; or why none."""
+    found: dict[str, dict[int, float | str]] = {}
+    if way not in PENALTY:
+        return found
+    borders = [number for number, event in rounds.items() if "border" in event]
+    for number in sorted(rounds):
+        told: dict[str, list[Json]] = {}
+        for client in rounds[number].get("clients", ()):
+            if "task" in client:
+                told.setdefault(client["task"], []).append(client)
+        for task, clients in told.items():
+            found.setdefault(task, {})[number] = _penalty(clients, way, min(borders, default=number) < number)
+    return found
+
+
+def _penalty(clients: Sequence[Json], way: str, sealed: bool) -> float | str:
+    pressed = [c for c in clients if PENALTY[way] in c]
+    if pressed:
+        weights = [float(c.get("examples", 0)) for c in pressed]
+        return statistics.fmean([float(c[PENALTY[way]]) for c in pressed], weights if sum(weights) else None)
+    if not sealed:
+        return NOTHING_SEALED
+    return NO_A if way == "o-lora" and any("grad_norm" in c for c in clients) else NOT_TOLD
 
 
 def points(difference: float | None) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Final
 
+from fedlora.continual.tasks import ONE_PAIR
 from fedlora.report.charts import Series, heat_map, line_chart
 from fedlora.report.numbers import NOTHING, decimal, percent
-from fedlora.report.stream import FALL, WAYS, Stream, falls_told, measures_told, points
+from fedlora.report.stream import FALL, NOT_TOLD, WAYS, Stream, falls_told, measures_told, points
 
 LINES: Final = 12  # of the chart; of more tasks the first
 NAME: Final = 14  # letters of a line's name
@@ -17,7 +19,25 @@ SPACIOUS: Final = 6  # up to so many lines have their last value beside their na
 ROUNDING: Final = 1e-6  # relative errors below this are those of float32
 
 BROAD: Final = 6  # columns of a heat map; one with more has the whole width
-SIMILAR: Final = "similarity/"  # what the log calls it, before the other task's name
+PAIRS: Final = (  # what the log calls it, before the other task's name; caption; meaning
+    (
+        "similarity/",
+        "Similarity φ of two tasks' updates",
+        "input directions that both work in, mean over modules: 0 none, 1 all",
+    ),
+    (
+        "overlap/",
+        "Overlap of A with each earlier task",
+        "share of A in that task's rows of A, mean over modules: 0 none, 1 all",
+    ),
+)
+PRESSED: Final = {
+    "o-lora": "Penalty: what the overlap of A with earlier tasks' A added to the training loss.",
+    "ewc": "Penalty: what the distance from where old tasks left the pair added to the training loss.",
+}
+UNMEASURED: Final = (
+    "By default only input-aware tasks that another one follows are measured; continual.effects = true measures all."
+)
 
 Cell = tuple[float, str, str, str, str]  # colour from 0 to 100, text, second line, CSS class, title
 
@@ -155,48 +175,87 @@ def _inference(stream: Stream, measure: str) -> dict[str, Any] | None:
 
 
 def _overlap(stream: Stream) -> dict[str, Any] | None:
-    """Heat maps of what the tasks' updates have in common, and what else the log says of their sealing."""
+    """Heat maps of what the tasks' updates have in common, and what else the log says of training and sealing them."""
     sealing = {name: dict(told) for name, told in stream.sealing.items()}
     known = {key for told in sealing.values() for key in told}
-    cut = any(told.get("sealed_error_relative", 0.0) > ROUNDING for told in sealing.values())
-    columns: list[tuple[str, Callable[[dict[str, float]], str]]] = []
-    said = "No overlap does not mean that nothing is forgotten."
-    if "effect_on_old" in known:
-        columns.append(("effect on old inputs", lambda told: decimal(told.get("effect_on_old"))))
-        said += " Effect on old inputs: how much a task's update changes what old tasks' inputs give, beside what it "
-        said += "changes of its own, as the root of a ratio of squares: 1 is as much, 0 nothing."
-    if cut:
-        columns.append(("lost when sealed", lambda told: percent(told.get("sealed_error_relative"), 1)))
-        said += " Lost when sealed: the share of the task's update that was cut off."
+    figures = [figure for figure in (*(_pairs(sealing, *about) for about in PAIRS), _shared_rows(sealing)) if figure[2]]
+    columns: list[tuple[str, str, Callable[[str], str]]] = []
+    said = ["No overlap does not mean that nothing is forgotten."] if figures else []
+    notes = ""
+    if any(name in stream.penalties for name in sealing):
+        columns += [
+            ("penalty, first round", "", lambda name: _penalty(stream, name, 0)),
+            ("penalty, last round", "", lambda name: _penalty(stream, name, -1)),
+            ("rounds without it", "text", lambda name: _unpenalised(stream, name)),
+        ]
+        said.append(f"{PRESSED[stream.way]} It is a mean over clients, weighed by their rows, in the first and in the ")
+        said[-1] += "last round of the task that had one."
+    if "effect_on_old" in known or ("inputs_seen" in known and stream.way != "joint"):
+        columns.append(("effect on old inputs", "", lambda name: decimal(sealing[name].get("effect_on_old"))))
+        said.append("Effect on old inputs: how much a task's update changes what old tasks' inputs give, beside what ")
+        said[-1] += "it changes of its own, as the root of a ratio of squares: 1 is as much, 0 nothing."
+        notes = _unmeasured(stream)
+    if any(told.get("sealed_error_relative", 0.0) > ROUNDING for told in sealing.values()):
+        columns.append(("lost when sealed", "", lambda name: percent(sealing[name].get("sealed_error_relative"), 1)))
+        said.append("Lost when sealed: the share of the task's update that was cut off.")
     if "inputs_seen" in known:
-        columns.append(("inputs seen", lambda told: percent(told.get("inputs_seen"))))
-        said += " Inputs seen: the share of the squared norm of a task's inputs that its sketch holds."
-    table = {
-        "title": "",
-        "heads": [("sealed task", ""), *((name, "") for name, _ in columns)],
-        "rows": [
-            [(name, ""), *((show(told) if told else NOTHING, "") for _, show in columns)]
-            for name, told in sealing.items()
-        ],
-    }
-    figures = [figure for figure in (_similarity(sealing), _shared_rows(sealing)) if figure[2]]
+        columns.append(("inputs seen", "", lambda name: percent(sealing[name].get("inputs_seen"))))
+        said.append("Inputs seen: the share of the squared norm of a task's inputs that its sketch holds.")
     if not columns and not figures:
         return None
+    table = {
+        "title": "",
+        "heads": [("sealed task", ""), *((head, css) for head, css, _ in columns)],
+        "rows": [[(name, ""), *((show(name), css) for _, css, show in columns)] for name in sealing],
+    }
     return {
-        "heading": "Overlap of the tasks",
-        "text": said,
+        "heading": "Overlap of the tasks" if figures else "What each task was under",
+        "text": " ".join(said),
         "figures": figures,
         "tables": [table] if columns else [],
+        "note": notes,
     }
 
 
-def _similarity(sealing: dict[str, dict[str, float]]) -> tuple[str, str, str, str]:
-    """Caption, meaning, heat map and CSS class: every sealed task against those before it."""
-    title = "Similarity φ of two tasks' updates"
-    rows = [name for name, told in sealing.items() if any(key.startswith(SIMILAR) for key in told)]
-    before = list(dict.fromkeys(key.removeprefix(SIMILAR) for n in rows for key in sealing[n] if SIMILAR in key))
-    cells = [[sealing[name].get(SIMILAR + other) for other in before] for name in rows]
-    note = "input directions that both work in, mean over modules: 0 none, 1 all"
+def _penalty(stream: Stream, task: str, at: int) -> str:
+    """In the first (0) or the last (-1) round that had one."""
+    told = stream.penalties.get(task, {}).values()
+    values = [value for value in told if not isinstance(value, str)]
+    if values:
+        return decimal(values[at])
+    return NOTHING if NOT_TOLD in told or not told else "0"
+
+
+def _unpenalised(stream: Stream, task: str) -> str:
+    """How many of a task's rounds had no penalty, by the reason: `all: no A was trained`."""
+    told = stream.penalties.get(task, {})
+    counts = Counter(value for value in told.values() if isinstance(value, str))
+    return "; ".join(f"{'all' if n == len(told) else f'{n} of {len(told)}'}: {why}" for why, n in counts.items())
+
+
+def _unmeasured(stream: Stream) -> str:
+    """Why some tasks have no effect on old inputs; empty where all have."""
+    first = next(iter(stream.sealing))
+    why = []
+    for name, told in stream.sealing.items():
+        if "effect_on_old" in told:
+            continue
+        if name == first:
+            why.append(f"Nothing was sealed before {name}.")
+        elif "inputs_seen" not in told:
+            why.append(UNMEASURED)
+        elif stream.way in ONE_PAIR:
+            why.append(f"Under {stream.way} one pair goes on from task to task: none has an update of its own.")
+        else:
+            why.append("A task in which nothing was trained has no update.")
+    return f"{NOTHING} means not measured. {' '.join(dict.fromkeys(why))}" if why else ""
+
+
+def _pairs(sealing: dict[str, dict[str, float]], key: str, title: str, note: str) -> tuple[str, str, str, str]:
+    """Caption, meaning, heat map and CSS class: every sealed task against each before it."""
+    rows = [name for name, told in sealing.items() if any(other.startswith(key) for other in told)]
+    before = [name for name in sealing if any(key + name in told for told in sealing.values())]
+    cells = [[sealing[name].get(key + other) for other in before] for name in rows]
     svg = heat_map(title, rows, before, cells, decimal) if rows else ""
     return title, note, svg, "broad" if len(before) > BROAD else ""
 

@@ -29,7 +29,11 @@ def cut(task: Task, rank: int | None, version: int) -> tuple[Task, float]:
 
 
 def overlaps(task: Task, before: Sequence[Task]) -> dict[str, float]:
-    """Normalised overlap of the sealed task with all before it, of A and of the product, beside random rows."""
+    """Normalised overlap of the sealed task with all before it, of A and of the product, beside random rows.
+
+    And with each: `overlap/TASK` of A, `||A P_TASK||_F / ||A||_F`, and `similarity/TASK` of the product (phi); all are
+    means over modules from 0 to 1, 0 for a task without blocks. Empty for the first. Source: fedlora/continual/overlap.
+    """
     old = [b.adapter for t in before for b in t.full.blocks]
     if not old:
         return {}
@@ -41,8 +45,14 @@ def overlaps(task: Task, before: Sequence[Task]) -> dict[str, float]:
         "overlap_largest": float(max(rows.values())),
         "overlap_product": float(np.mean(list(product_overlap(new, old).values()))),
         "overlap_random": float(np.mean([random_overlap(*spaces[n].shape) for n in new])),
+        **{f"overlap/{t.name}": _shared(new, t) for t in before},
         **{f"similarity/{t.name}": phi for t, phi in zip(before, _similar(new, before), strict=True)},
     }
+
+
+def _shared(new: Adapter, old: Task) -> float:
+    """The share of a new task's A in the rows of one earlier task's, mean over modules; 0 to 1."""
+    return float(np.mean(list(row_overlap(new, [b.adapter for b in old.full.blocks]).values())))
 
 
 def _similar(new: Adapter, before: Sequence[Task]) -> list[float]:

@@ -461,12 +461,13 @@ def test_similarity_and_effect_are_shown_by_task(tmp_path: Path) -> None:
 
 
 def similar(tmp_path: Path, tasks: int = 3) -> str:
-    """A page whose tasks t0, t1, ... have similarities 0.01 (10 i + j) and overlaps of their own."""
+    """A page whose tasks t0, t1, ... have similarities 0.01 (10 i + j), pairwise overlaps 0.5 + 0.01 (i + 10 j)."""
     names = [f"t{i}" for i in range(tasks)]
     aggregate = {
         i + 1: {
             "overlap": 3.1e-8 * i,
             "overlap_random": 0.25,
+            **{f"overlap/t{j}": 0.5 + 0.01 * i + 0.1 * j for j in range(i)},
             **{f"similarity/t{j}": 0.1 * i + 0.01 * j for j in range(i)},
         }
         for i in range(1, tasks)
@@ -478,7 +479,7 @@ def similar(tmp_path: Path, tasks: int = 3) -> str:
 
 def test_similarity_and_overlap_are_heat_maps_with_their_numbers(tmp_path: Path) -> None:
     text = similar(tmp_path).partition("<h2>Overlap of the tasks</h2>")[2].partition("<h2>")[0]
-    phi, overlap = re.findall(r"<figure.*?</figure>", text, re.DOTALL)
+    phi, rows, overlap = re.findall(r"<figure.*?</figure>", text, re.DOTALL)
     assert "Similarity φ" in phi
     assert "0 none, 1 all" in phi
     found = re.findall(r"<title>([^<]*)</title><rect class=\"cell\" style=\"--v:([\d.]+)%\".*?>([^<>]+)</text>", phi)
@@ -487,6 +488,8 @@ def test_similarity_and_overlap_are_heat_maps_with_their_numbers(tmp_path: Path)
         ("t2, t0: 0.200", "20.0", "0.20"),
         ("t2, t1: 0.210", "21.0", "0.21"),
     ]
+    assert "Overlap of A with each earlier task" in rows
+    assert re.findall(r"<title>([^<]*)</title><rect", rows) == ["t1, t0: 0.510", "t2, t0: 0.520", "t2, t1: 0.620"]
     assert re.findall(r"--v:([\d.]+)%", overlap) == ["0.0", "25.0", "0.0", "25.0"]
     assert ">3e-08</text>" in overlap
     assert "A, mean" in overlap
@@ -507,3 +510,167 @@ def test_a_mixture_is_a_way_of_inference_in_plain_words(tmp_path: Path) -> None:
     text = page_of(tmp_path, made)
     assert "tasks mixed" in text
     assert "68.8 %" in text
+
+
+def test_pairs_of_tasks_sealed_in_one_round_belong_to_the_later() -> None:
+    """`overlap/c` of a round that sealed c and d has no second of its name, so it is plain; it is of d all the same."""
+    names = ("a", "b", "c", "d")
+    scores = dict.fromkeys(names, 0.5)
+    made = stream_events(
+        {2: scores, 4: scores},
+        {2: names[:2], 4: names[2:]},
+        {1: names[:2], 2: names[:2], 3: names[2:], 4: names[2:]},
+        tasks=names,
+        way="incremental",
+        aggregate={
+            2: {"overlap": 0.2, "overlap/a": 0.21, "similarity/a": 0.22},
+            4: {
+                **{"overlap": 0.3, "overlap/a": 0.31, "overlap/b": 0.32, "similarity/a": 0.33},
+                **{"d/overlap": 0.4, "d/overlap/a": 0.41, "d/overlap/b": 0.42, "d/similarity/a": 0.43},
+                **{"overlap/c": 0.44, "similarity/c": 0.45},
+            },
+        },
+    )
+    assert stream(made).sealing == {
+        "a": {},
+        "b": {"overlap": 0.2, "overlap/a": 0.21, "similarity/a": 0.22},
+        "c": {"overlap": 0.3, "overlap/a": 0.31, "overlap/b": 0.32, "similarity/a": 0.33},
+        "d": {
+            **{"overlap": 0.4, "overlap/a": 0.41, "overlap/b": 0.42, "similarity/a": 0.43},
+            **{"overlap/c": 0.44, "similarity/c": 0.45},
+        },
+    }
+
+
+def sealing_of(text: str) -> list[list[str]]:
+    """The rows of the table of sealed tasks, its heads first."""
+    for table in re.findall(r"<table>.*?</table>", text, re.DOTALL):
+        rows = [
+            re.findall(r"<t[hd][^>]*>([^<]*)</t[hd]>", row) for row in re.findall(r"<tr>.*?</tr>", table, re.DOTALL)
+        ]
+        if rows[0][0] == "sealed task":
+            return rows
+    return []
+
+
+def pressed(
+    penalties: Mapping[int, Sequence[float | None]], way: str = "o-lora", told: bool = True, **aggregate: Any
+) -> tuple[list[str], list[dict[str, Any]]]:
+    """agnews, amazon and dbpedia, two rounds each, with what two clients of 100 and 300 rows say of the penalty."""
+    names = ["agnews", "amazon", "dbpedia"]
+    scores = {r: dict.fromkeys(names, 0.5) for r in (2, 4, 6)}
+    made = stream_events(
+        scores,
+        {2: names[:1], 4: names[1:2], 6: names[2:]},
+        {r: [names[(r - 1) // 2]] for r in range(1, 7)},
+        tasks=names,
+        way=way,
+        clients=2,
+        overrides=["method.name=fedit"],
+        **aggregate,
+    )
+    for event in made[1]:
+        for i, client in enumerate(event["clients"] if event["event"] == "round" else ()):
+            value = penalties.get(event["round"], (None, None))[i]
+            client |= {"examples": (100, 300)[i]} | ({"grad_norm": 1.0} if told else {})
+            client |= {} if value is None else {"anchor_penalty" if way == "ewc" else "overlap_penalty": value}
+    return made
+
+
+def test_the_penalty_is_shown_in_its_first_and_last_round(tmp_path: Path) -> None:
+    made = pressed({3: (0.8, 0.4), 4: (0.4, 0.2), 5: (2.0, None), 6: (1.0, 1.0)})
+    text = page_of(tmp_path, made)
+    assert sealing_of(text) == [
+        ["sealed task", "penalty, first round", "penalty, last round", "rounds without it"],
+        ["agnews", "0", "0", "all: nothing was sealed before it"],
+        ["amazon", "0.500", "0.250", ""],
+        ["dbpedia", "2.00", "1.00", ""],
+    ]
+    assert "Penalty: what the overlap of A with earlier tasks" in text
+    assert "<h2>What each task was under</h2>" in text  # there is no overlap to show
+    assert "No overlap does not mean" not in text
+
+
+def test_a_task_in_which_a_stood_still_had_no_penalty(tmp_path: Path) -> None:
+    """rolora, whose rounds train B and A in turn; the last task B alone."""
+    rows = sealing_of(page_of(tmp_path, pressed({4: (0.8, 0.4)})))
+    assert rows[2] == ["amazon", "0.500", "0.500", "1 of 2: no A was trained"]
+    assert rows[3] == ["dbpedia", "0", "0", "all: no A was trained"]
+
+
+def test_tasks_that_overlap_are_free_until_one_is_sealed(tmp_path: Path) -> None:
+    trained = {r: [n for n, on in zip(AB, (r <= 5, r >= 3), strict=True) if on] for r in range(1, 8)}
+    made = stream_events(OVERLAPPING, {5: AB[:1], 7: AB[1:]}, trained, tasks=AB, way="o-lora")
+    for event in made[1]:
+        for client in event["clients"] if event.get("round", 0) > 5 else ():
+            client["overlap_penalty"] = 0.25
+    assert sealing_of(page_of(tmp_path, made))[1:] == [
+        ["agnews", "0", "0", "all: nothing was sealed before it"],
+        ["amazon", "0.250", "0.250", "3 of 5: nothing was sealed before it"],
+    ]
+
+
+def test_clients_that_tell_nothing_are_not_taken_to_have_no_penalty(tmp_path: Path) -> None:
+    rows = sealing_of(page_of(tmp_path, pressed({}, told=False)))
+    assert rows[1][1:] == ["0", "0", "all: nothing was sealed before it"]
+    assert rows[2][1:] == ["–", "–", "all: clients did not tell"]
+
+
+def test_ewc_shows_its_penalty_and_other_ways_none(tmp_path: Path) -> None:
+    rows = sealing_of(page_of(tmp_path, pressed({3: (0.8, 0.4), 4: (0.4, 0.2)}, "ewc")))
+    assert rows[2] == ["amazon", "0.500", "0.250", ""]
+    assert rows[3][3] == "all: clients did not tell"  # A and B are held: a frozen A is no reason
+    assert stream(pressed({3: (0.8, 0.4)}, "incremental")).penalties == {}
+
+
+def note_of(text: str) -> str:
+    return "".join(re.findall(r'<p class="note">(– means.*?)</p>', text))
+
+
+def test_effects_that_were_not_measured_say_why(tmp_path: Path) -> None:
+    seen = {2: {"inputs_seen": 0.9}, 4: {"inputs_seen": 0.9, "effect_on_old": 0.5}}
+    default = page_of(tmp_path, pressed({}, "input-aware", aggregate=seen))
+    assert [row[1] for row in sealing_of(default)] == ["effect on old inputs", "–", "0.500", "–"]
+    assert note_of(default) == (
+        "– means not measured. Nothing was sealed before agnews. By default only input-aware tasks that another one "
+        "follows are measured; continual.effects = true measures all."
+    )
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [
+        ("replay", "Under replay one pair goes on from task to task: none has an update of its own."),
+        ("incremental", "A task in which nothing was trained has no update."),
+    ],
+)
+def test_ways_without_an_update_of_one_task_say_so(tmp_path: Path, way: str, why: str) -> None:
+    seen = {r: {"inputs_seen": 0.9} for r in (2, 4, 6)}
+    text = page_of(tmp_path, pressed({}, way, aggregate=seen))
+    assert [row[1] for row in sealing_of(text)[1:]] == ["–"] * 3
+    assert note_of(text) == f"– means not measured. Nothing was sealed before agnews. {why}"
+
+
+def test_without_a_dash_nothing_is_said_of_one(tmp_path: Path) -> None:
+    seen = {r: {"inputs_seen": 0.9, "effect_on_old": 0.5} for r in (4, 6)}
+    settings, events = pressed({}, "incremental", aggregate=seen)
+    assert note_of(page_of(tmp_path, (settings, events))) == "– means not measured. Nothing was sealed before agnews."
+    plain = page_of(tmp_path, pressed({3: (0.8, 0.4)}))
+    assert note_of(plain) == ""
+
+
+def test_clients_without_rows_weigh_alike_where_none_has_any() -> None:
+    made = pressed({3: (0.8, 0.4)})
+    [event] = [e for e in made[1] if e.get("round") == 3]
+    for client in event["clients"]:
+        client["examples"] = 0
+    assert stream(made).penalties["amazon"][3] == pytest.approx(0.6)
+
+
+def test_all_tasks_at_once_have_no_effect_to_speak_of(tmp_path: Path) -> None:
+    settings, events = joint()
+    events = [{k: v for k, v in event.items() if k != "evaluation"} for event in events]
+    events[-1]["aggregate"] |= {"inputs_seen": 0.9}
+    text = page_of(tmp_path, (settings, events))
+    assert sealing_of(text)[0] == ["sealed task", "inputs seen"]
+    assert note_of(text) == ""
