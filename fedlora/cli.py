@@ -470,16 +470,37 @@ def compose(
     evaluations: Annotated[int | None, typer.Option(help="lorahub: how many weights are tried; 40.", min=1)] = None,
     model: Annotated[str | None, typer.Option(help="The base, if sources do not say or say it differently.")] = None,
     seed: Annotated[int, typer.Option(help="Of what is drawn: dropped entries, tried weights.")] = 0,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(help="Of one run with tasks: the exact sum of all tasks but this one; may be given again."),
+    ] = None,
     out: Out = None,
     sets: Sets = None,
 ) -> None:
     """Combine trained adapters of one base into one.
 
-    It is written as a PEFT folder.
+    It is written as a PEFT folder. With --without it is one run's tasks, but those that are named.
     """
     from fedlora.composing import compose_folders
     from fedlora.composition import Recipe
 
+    if without:
+        given: dict[str, object] = {
+            "--how": None if how == "cat" else how,
+            "--rank": rank,
+            "--max-error": max_error,
+            "--density": density,
+            "--drop": drop,
+            "--lambda": coefficient,
+            "--examples": examples,
+            "--evaluations": evaluations,
+            "--model": model,
+            "--seed": seed or None,
+            "--set": sets or None,
+        }
+        wrong = [option for option, value in given.items() if value is not None]
+        _compose_without(sources, without, wrong, out or _next_folder("compose"))
+        return
     recipe = Recipe(
         how=how, rank=rank, max_error=max_error, density=density, drop=drop, coefficient=coefficient, seed=seed
     )
@@ -502,6 +523,33 @@ def compose(
     reads = " --set model.pooling=mean" if any(s.pooling == "mean" for s in done.sources) else ""
     for line in (f"adapter: {done.folder}", f"try:     fedlora evaluate {done.folder} --model {done.base}{reads}"):
         console.print(line, markup=False, soft_wrap=True)
+
+
+def _compose_without(sources: Sequence[str], without: Sequence[str], wrong: Sequence[str], out: Path) -> None:
+    """The sum of all tasks of a run but some. `wrong` are options that say how sources are combined."""
+    from fedlora.composing import parse_source
+    from simulations.removal import compose_without
+
+    run, weight = parse_source(sources[0])
+    if len(sources) > 1 or weight is not None:
+        raise ConfigError(f"--without takes a task out of one run: give its folder alone, got {' '.join(sources)}")
+    if wrong:
+        raise ConfigError(
+            f"--without sums the other tasks exactly: leave {', '.join(wrong)} out; the folder that it writes can be a "
+            "source of fedlora compose"
+        )
+    _run_config(run)
+    left = compose_without(run, without, out)
+    table = Table("task", "rank")
+    for name, rank in left.ranks.items():
+        table.add_row(Text(name), f"{rank}")
+    table.add_row(Text(f"without {', '.join(left.on_top)}, exact"), f"{left.rank}", style="bold")
+    console.print(table)
+    for name, above in left.on_top.items():
+        if above:
+            line = f"{', '.join(above)}: trained on top of {name}; what is lost without it: "
+            console.print(f"{line}fedlora evaluate {run} --without {name}", markup=False, soft_wrap=True)
+    console.print(f"adapter: {left.folder}", markup=False, soft_wrap=True)
 
 
 def _side_by_side(config: Any, adapter: Path, prompts: Sequence[str], max_new_tokens: int) -> None:

@@ -23,7 +23,8 @@ from safetensors import safe_open
 from fedlora.adapter import Adapter, Array, require_same_modules
 from fedlora.base import Base, load_base
 from fedlora.composition import Composition, Found, Recipe, compose, composed_head, penalty, search
-from fedlora.config import RunConfig, load_config
+from fedlora.config import RunConfig, load_config, task_config
+from fedlora.continual.tasks import task_names
 from fedlora.data import test_rows
 from fedlora.data.prompt import prompt_format
 from fedlora.data.report import tell
@@ -35,7 +36,7 @@ from fedlora.state import Block, Layout, Module
 from fedlora.training.attach import attach
 from fedlora.wire import digests_id
 
-__all__ = ["Composed", "Source", "compose_folders", "few_shot_loss", "parse_source", "read_source"]
+__all__ = ["Composed", "Source", "compose_folders", "few_shot_loss", "parse_source", "read_source", "write_folder"]
 
 _RECORD = "compose.json"
 _TASKS: Mapping[str, TaskType] = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
@@ -102,6 +103,7 @@ def compose_folders(
         raise ConfigError(f"{out} exists already. Choose another folder with --out.")
     sources = tuple(read_source(word) for word in words)
     base = _one_base(sources, model)
+    _same_classes(sources)
     found = None
     weights = tuple(1.0 if s.weight is None else s.weight for s in sources)
     if examples is not None:
@@ -255,6 +257,46 @@ def _one_base(sources: Sequence[Source], model: str | None) -> str:
     return name
 
 
+def _same_classes(sources: Sequence[Source]) -> None:
+    """Raises: ConfigError if two heads are of one run whose tasks have classes of their own: their mean is no head.
+
+    Each of them has learnt the rows of its own classes, and the mean would weaken those by rows that did not learn.
+    """
+    seen: dict[Path, tuple[tuple[str, ...], Source]] = {}
+    for source in sources:
+        found = _part_of_run(Path(source.name)) if source.head else None
+        if found is None:
+            continue
+        run, classes = found
+        first, other = seen.setdefault(run, (classes, source))
+        if classes != first:
+            raise ConfigError(
+                f"{other.name} and {source.name} are of one run, and their heads have classes of their own, "
+                f"{', '.join(first)} and {', '.join(classes)}: their mean knows neither. All tasks but some, each "
+                f"with the rows of its own classes: fedlora compose {run} --without TASK"
+            )
+
+
+def _part_of_run(folder: Path) -> tuple[Path, tuple[str, ...]] | None:
+    """The run with tasks that a folder is a part of (itself, its `adapter`, or one of `tasks/`), and the classes there.
+
+    None for any other folder.
+    """
+    here = folder.expanduser().resolve()
+    parts = {here: "", here.parent: "" if here.name == "adapter" else None}
+    if here.parent.name == "tasks":
+        parts[here.parent.parent] = here.name
+    for run, task in parts.items():
+        if task is None or not (run / "config.toml").is_file():
+            continue
+        config = load_config(run / "config.toml")
+        if not config.tasks:
+            return None
+        own = task_config(config, task).data.labels if task in task_names(config) else ()
+        return run, own or config.model.labels
+    return None
+
+
 def _pairs(said: Sequence[tuple[Any, Source]]) -> list[tuple[tuple[Any, Source], tuple[Any, Source]]]:
     """The first of these with each that says otherwise."""
     return [(said[0], other) for other in said if other[0] != said[0][0]]
@@ -328,10 +370,8 @@ def _settings(sources: Sequence[Source], examples: str, model: str | None, overr
 
 
 def _write(composed: Composed, recipe: Recipe, head: Mapping[str, Array], examples: str | None) -> None:
-    """`compose.json`, then the adapter: with its config, which comes last, the folder becomes readable."""
     sources, result, found = composed.sources, composed.result, composed.found
     record = {
-        "format": "fedlora-composition/1",
         "how": recipe.how,
         "settings": recipe.settings,
         "base": {"name": composed.base, "fingerprint": next((s.fingerprint for s in sources if s.fingerprint), None)},
@@ -342,28 +382,36 @@ def _write(composed: Composed, recipe: Recipe, head: Mapping[str, Array], exampl
             {"name": s.name, "weight": w, "rank": max(s.adapter.ranks.values()), "sha256": s.sha256}
             for s, w in zip(sources, composed.weights, strict=True)
         ],
-        "rank": max(result.adapter.ranks.values()),
         "error": {"frobenius": result.error, "relative": result.relative_error},
         "search": None
         if found is None
         else {"examples": examples, "objective": found.objective, "start": found.start, "tried": found.evaluations},
+    }
+    write_folder(composed.folder, record, result.adapter, sources[0].layout, head)
+
+
+def write_folder(
+    folder: Path, record: Mapping[str, Any], adapter: Adapter, layout: Layout, head: Mapping[str, Array]
+) -> None:
+    """The new `folder`: `compose.json`, then the adapter: with its config, which comes last, it becomes readable.
+
+    `record` says what it was made of, with `base` (a name and a fingerprint) and `task_type`; the format, the rank and
+    the version are added. Raises: ConfigError if the folder exists; CheckpointError if the disk refuses.
+    """
+    said = {
+        **record,
+        "format": "fedlora-composition/1",
+        "rank": max(adapter.ranks.values()),
         "fedlora": version("fedlora"),
     }
     try:
-        composed.folder.mkdir(parents=True)
-        (composed.folder / _RECORD).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", "utf-8")
+        folder.mkdir(parents=True)
+        (folder / _RECORD).write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", "utf-8")
     except FileExistsError:
-        raise ConfigError(f"{composed.folder} exists already. Choose another folder with --out.") from None
+        raise ConfigError(f"{folder} exists already. Choose another folder with --out.") from None
     except OSError as error:
-        raise CheckpointError(f"cannot write {composed.folder}: {error}. Is there room?") from error
-    save_adapter(
-        composed.folder,
-        result.adapter,
-        sources[0].layout,
-        base_name=composed.base,
-        task_type=sources[0].task_type,
-        head=head,
-    )
+        raise CheckpointError(f"cannot write {folder}: {error}. Is there room?") from error
+    save_adapter(folder, adapter, layout, base_name=record["base"]["name"], task_type=record["task_type"], head=head)
 
 
 def _json(path: Path) -> dict[str, Any]:

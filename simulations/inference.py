@@ -43,7 +43,6 @@ EXAMPLES = 8  # test rows that are asked where no prompt is given
 _INSEPARABLE = {
     **dict.fromkeys(ONE_PAIR, "one pair goes on from task to task, so no task's part can be told from the others'"),
     "joint": "one pair learnt all tasks at once, so no task's part can be told from the others'",
-    "separate": "every task has its adapter on the base alone, so no other task would change",
     "nearest-mean": "nothing was trained, so there is nothing to remove",
 }  # ways under which no task can be taken out of the sum
 
@@ -59,6 +58,7 @@ __all__ = [
     "begun",
     "judge",
     "newest",
+    "require_separable",
     "routable",
     "routed",
     "score_tasks",
@@ -242,6 +242,18 @@ def without_task(config: RunConfig, state: GlobalState, task: str) -> GlobalStat
     Heads and the router stay. What later tasks, which were trained on top of it, lose by that is to be measured.
     Raises: ConfigError for a name that is none, or a way under which no task's part can be told from the others'.
     """
+    require_separable(config, state, task)
+    if config.continual.method == "separate":
+        raise ConfigError(
+            f"--without {task}: under continual.method=separate every task has its adapter on the base alone, so no "
+            "other task would change"
+        )
+    empty = replace(state.tasks[task], blocks=(), pair=None)
+    return replace(state, tasks={**state.tasks, task: empty})
+
+
+def require_separable(config: RunConfig, state: GlobalState, task: str) -> None:
+    """Raises: ConfigError for a name that is none, or a way under which no task has a part in the sum of its own."""
     way = config.continual.method
     if task not in begun(config, state):
         names = begun(config, state)
@@ -250,8 +262,6 @@ def without_task(config: RunConfig, state: GlobalState, task: str) -> GlobalStat
         )
     if way in _INSEPARABLE:
         raise ConfigError(f"--without {task}: under continual.method={way} {_INSEPARABLE[way]}")
-    empty = replace(state.tasks[task], blocks=(), pair=None)
-    return replace(state, tasks={**state.tasks, task: empty})
 
 
 def score_tasks(config: RunConfig, folder: Path, *, without: str | None = None) -> TaskScores:
