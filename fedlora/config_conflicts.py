@@ -160,6 +160,8 @@ def _ignored(config: RunConfig, values: Values) -> Iterator[Conflict]:
     given = {key: value for key, (value, _) in values.items()}
     for key, (owner, readers) in _READ_BY.items():
         if given[key] != values[key][1] and given[owner] not in readers:
+            while owner in _READ_BY and given[_READ_BY[owner][0]] not in _READ_BY[owner][1]:
+                owner, readers = _READ_BY[owner]  # what has no effect itself is not to be set
             yield (
                 (key, owner),
                 f"has no effect while {owner} is {given[owner]}, got {shown(given[key])}: leave it out, or set {owner} "

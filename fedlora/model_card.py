@@ -141,15 +141,16 @@ def _scores(events: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _rows(event: Mapping[str, Any]) -> Iterator[str | None]:
     measured = event.get("evaluation", {})
-    server = measured.get("server", {})
-    yield _row("the server", server)
+    server, tasks = measured.get("server", {}), ", ".join(map(_text, event.get("tasks", ())))
+    of = f", in training then: {tasks}" if tasks else ""
+    yield _row(f"the server{of}", server)
     for group, sums in sorted(server.get("groups", {}).items()):
         if sums["counted"]:
             yield _row(f"the server, {_text(group)}", {"score": sums["correct"] / sums["counted"]})
     for task, one in sorted(event.get("border", {}).get("server", {}).items()):
         yield _row(f"the server, task {_text(task)}", one)
     if sum(1 for c in measured.get("clients", {}).values() if c.get("counted")) >= POOLED:
-        yield _row("the clients, held out by them", measured)
+        yield _row(f"the clients, held out by them{of}", measured)
 
 
 def _row(name: str, measured: Mapping[str, Any]) -> str | None:

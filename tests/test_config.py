@@ -417,6 +417,10 @@ SUMMED = ("secure.on=true", "data.holdout=0", "method.name=ffa-lora")
     [
         (["model.pooling=mean"], r"model\.pooling: has no effect while model\.task_type is causal-lm"),
         ([*CLASSIFIER, "model.head=discriminants"], r"model\.head: has no effect while model\.pooling is model"),
+        (
+            ["model.head=discriminants"],
+            r"model\.head: has no effect while model\.task_type is causal-lm.*or set model\.task",
+        ),
         ([*FITTED, "robust.rule=screen"], r"model\.head: one forged client could set the whole head"),
         ([*FITTED, "rounds.max_norm=1"], r"model\.head: one forged client .*, for no rule and no bound is applied"),
         ([*FITTED, "wire.down=int8"], r"model\.head: the fitted head would be rounded to int8"),

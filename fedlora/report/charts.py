@@ -29,12 +29,13 @@ class Series:
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers that span `low` to `high`; at least two."""
-    span = (high - low) or 1.0
+    span = high - low if high - low > 1e-300 else 1.0
     raw = span / about
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    digits = 12 - math.floor(math.log10(step))
+    return [round(i * step, digits) for i in range(first, max(last, first + 1) + 1)]
 
 
 def line_chart(

@@ -351,8 +351,8 @@ def _sections(run: Run) -> list[dict[str, Any]]:
             "text": "Test rows are the server's, held-out rows the clients' own. Training loss is the mean of the "
             "clients at the end of their round."
             + (
-                " Every round is scored on the tasks that it trained, so the lines jump where a task begins; what "
-                "became of the earlier tasks stands above."
+                " Every round is scored on the tasks that it trained, so the lines jump where a task begins"
+                + ("; what became of the earlier tasks stands above." if run.stream.borders else ".")
                 if run.stream
                 else ""
             ),

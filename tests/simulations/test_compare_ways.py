@@ -35,6 +35,7 @@ def result(matrix: list[list[float]], *, up: int = 100, routing: float | None = 
         rows=100,
         inference={} if routing is None else {"routing": {"dates": routing, "records": 0.5}},
         sealing={},
+        penalties={},
     )
     return Result(
         folder=Path("x"),
