@@ -61,7 +61,7 @@ class Display:
             self._say(
                 f"{counted(event['clients'], 'client')}, {counted(event['rounds'], 'round')}"
                 + (f", {len(self._legs)} tasks" if len(self._legs) > 1 else "")
-                + (f", {event['done']} done before" if event["done"] else "")
+                + (f", {counted(event['done'], 'round')} done before" if event["done"] else "")
             )
         elif kind == "round":
             self._clients, self._answered = event["clients"], 0
