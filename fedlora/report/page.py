@@ -22,7 +22,7 @@ p { margin:.3em 0 .9em; max-width:44em; }
 .eyebrow { font-size:.85rem; letter-spacing:.04em; margin:0; }
 .lead { font-size:1.1rem; }
 .going { border-left:4px solid var(--t2); padding:.1em 0 .1em .8em; }
-.keys { display:grid; grid-template-columns:repeat(auto-fit,minmax(150px,1fr)); gap:12px; margin:1.6em 0 0; padding:0; }
+.keys { display:grid; grid-template-columns:repeat(auto-fit,minmax(140px,1fr)); gap:12px; margin:1.6em 0 0; padding:0; }
 .keys div { background:var(--card); border:1px solid var(--rule); border-radius:10px; padding:12px 14px; }
 .keys dt { font-size:.82rem; color:var(--dim); }
 .keys dd { margin:0; font-size:1.55rem; font-weight:650; line-height:1.25; font-variant-numeric:tabular-nums; }
