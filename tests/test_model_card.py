@@ -116,6 +116,13 @@ def test_it_says_how_it_was_trained_and_scored() -> None:
     assert not any("empty" in line for line in lines)
 
 
+def test_scores_of_a_round_that_trained_some_tasks_say_which() -> None:
+    of_tasks = [{**e, "tasks": ["first", "second"]} if e["event"] == "round" else e for e in events()]
+    lines = model_card(MANIFEST, CONFIG, of_tasks).splitlines()
+    assert "| the server, in training then: first, second | 75.0% | 0.500 |" in lines
+    assert "| the clients, held out by them, in training then: first, second | 62.7% | 1.500 |" in lines
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
 def test_a_head_that_reads_means_comes_with_the_lines_that_give_its_logits(
     load: Any, folders: dict[str, Path], labelled: list[TokenRow], tmp_path: Path
