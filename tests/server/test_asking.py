@@ -20,7 +20,7 @@ from server.spool import Spool
 def test_messages_of_a_secure_sum_are_never_kept_for_another_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
 ) -> None:
-    """The keys that could open them are gone with this one; all other answers are kept, where a run is to be durable."""
+    """The keys that could open them are gone with this one; all other answers are kept, where a run is durable."""
     made: dict[str, bool] = {}
 
     def spool(place: Path, decode: Any, *, memory_limit: int, durable: bool) -> Spool:
