@@ -110,6 +110,7 @@ def test_the_array_core_and_the_methods_need_neither_torch_nor_transformers():
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow  # imports all of it in a process of its own
 def test_fedlora_stands_alone():
     names = [name for name in modules_of(fedlora) if name != "fedlora.cli"]
     assert "fedlora.wire" in names

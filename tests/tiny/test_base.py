@@ -104,6 +104,7 @@ def test_the_package_is_small() -> None:
     assert sum(f.stat().st_size for f in files) <= PACKAGE_LIMIT
 
 
+@pytest.mark.slow
 def test_it_loads_without_a_word(capfd: pytest.CaptureFixture[str]) -> None:
     code = (
         "import warnings; warnings.simplefilter('error')\n"
