@@ -8,9 +8,13 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from fedlora.adapter import Adapter, Factors, norm
-from fedlora.errors import AnswerRejected, WireError
-from fedlora.state import Answer, Ask, Header, Layout, part
+from fedlora.adapter import Adapter, Array, Factors, norm
+from fedlora.continual.design import second_moment
+from fedlora.continual.router import omega
+from fedlora.discriminants import scatter
+from fedlora.errors import AnswerRejected, MethodError, WireError
+from fedlora.rng import public_normal
+from fedlora.state import Answer, Ask, Header, Layout, Measure, part
 from fedlora.wire import decode_answer, peek
 from strategies.gram import head_change_of, update_of
 
@@ -18,6 +22,7 @@ MAX_EXAMPLES = 10**9  # rows of one client; more is a mistake or an attempt to o
 MAX_VALUE = 1e6  # of a trained factor or head; far above any sane weight, far below what overflows float32 in a product
 MAX_MEASURE = 1e15  # of a reported measure, so that sums over clients stay finite
 SHARES = 1e-3  # how far from 1 shares may sum, in float32
+_ROUNDING = 1e-3  # of sums over rows, relative; those in float32 are far closer
 MAX_MEASURES = 4096  # names in one answer
 _SUMS = {"correct", "counted", "loss", "tokens"}
 _RULES = {"base": "other base", "code": "other code"}
@@ -113,6 +118,60 @@ def require_norm(ask: Ask, answer: Answer, client: str, layout: Layout, bound: f
         raise AnswerRejected(
             client, "norm", f"its update has norm {size:.4g}, at most {bound:g} is taken (rounds.max_norm)"
         )
+
+
+def require_moments(ask: Ask, answer: Answer, client: str) -> None:
+    """Refuse sketches, counts and means (`fedlora.state.Measure`) of an admitted answer that no rows have.
+
+    They add, so that in their sum nobody can be told apart; one that is no second moment would leave a sum from which
+    no subspace, router or head can be made. What passes is what some rows may have given: it can still be false.
+    Each sketch must be symmetric under its own Omega and hold no more than the energy beside it. Features, of norm 1,
+    must be counted once for each row, and no class may have a sum that is longer than its count. The means of classes
+    must fit in the energy of all, and the sketch of all less these means must still be that of a second moment.
+    Cost: O(d s^2) for every sketch `[d, s]`. Raises: AnswerRejected, rule "moments", with what does not hold.
+    """
+    what, arrays = ask.measure, answer.arrays
+    if what is None:
+        return
+    try:
+        for name, sketch in part(arrays, "sketch").items():
+            test = public_normal(what.seed, "sketch", name, shape=sketch.shape)
+            second_moment(sketch, test, float(arrays[f"energy:{name}"][0]))
+        if what.classes:
+            _require_features(what, arrays, answer.examples)
+        if what.reads:
+            _require_classes("read", what, arrays, float(arrays["read:energy"][0]))
+    except MethodError as error:
+        raise AnswerRejected(client, "moments", str(error)) from error
+
+
+def _require_features(what: Measure, arrays: Mapping[str, Array], examples: int) -> None:
+    counts = arrays["feature:count"].astype(np.float64)
+    if abs(counts.sum() - examples) > _ROUNDING * examples:
+        raise MethodError(f"features of {counts.sum():g} rows were counted, and it measured {examples}")
+    lengths = np.linalg.norm(arrays["feature:sum"].astype(np.float64), axis=1)
+    for label in np.flatnonzero(lengths > (1.0 + _ROUNDING) * counts)[:1]:
+        raise MethodError(
+            f"feature:sum of class {label} has norm {lengths[label]:.4g}, and {counts[label]:g} features of norm 1 "
+            "have no larger sum"
+        )
+    if what.columns:
+        _require_classes("feature", what, arrays, float(counts.sum()))
+
+
+def _require_classes(name: str, what: Measure, arrays: Mapping[str, Array], energy: float) -> None:
+    """Sums, counts and sketch of rows by class, whose energy is that of all rows."""
+    sums, counts = arrays[f"{name}:sum"].astype(np.float64), arrays[f"{name}:count"].astype(np.float64)
+    squares, seen = np.sum(sums**2, axis=1), counts > 0.0
+    if squares[~seen].any():
+        raise MethodError(f"{name}:sum of class {np.flatnonzero(squares * ~seen)[0]} is not 0, and it has no rows")
+    held = float(np.sum(squares[seen] / counts[seen]))
+    if held > (1.0 + _ROUNDING) * energy:
+        raise MethodError(f"the means of classes in {name}:sum hold {held:.4g}, and the energy of all is {energy:.4g}")
+    sketch = arrays[f"{name}:sketch"]
+    test = omega(what.seed, *sketch.shape)
+    second_moment(sketch, test, energy)
+    scatter(sums[seen], counts[seen], sketch, energy, test)
 
 
 def require_echo(header: Header, asked: Header) -> None:

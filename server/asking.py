@@ -24,11 +24,10 @@ from fedlora.config import RunConfig
 from fedlora.errors import AnswerRejected, BlocksMissing
 from fedlora.state import Answer, Ask, GlobalState, Header, Kind, Part, expected_arrays
 from fedlora.wire import BlocksBody, decode_answer, encode_ask, encode_blocks
-from server.admission import ReportedError, admit, require_norm
+from server.admission import ReportedError, admit, require_moments, require_norm
 from server.channel import Channel
 from server.exchange import Asked, Failure, exchange
 from server.holdings import OWNER, Holdings, Offer
-from server.moments import require_moments
 from server.private import Account
 from server.roster import Refusal, Roster
 from server.spool import Spool

@@ -14,7 +14,7 @@ from fedlora.continual.router import omega
 from fedlora.errors import AnswerRejected
 from fedlora.rng import public_normal
 from fedlora.state import Answer, Ask, Measure
-from server.moments import require_moments
+from server.admission import require_moments
 
 WIDTH, SKETCH, CLASSES, COLUMNS = 12, 5, 4, 6
 WHAT = Measure(sketch=SKETCH, seed=3, classes=CLASSES, columns=COLUMNS, reads=CLASSES)
